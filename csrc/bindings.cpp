@@ -1,0 +1,161 @@
+// Thin: unpack, release the GIL, call. Tensors come as addresses, which fastdp/ops.py has checked.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+#include "threads.h"
+
+namespace py = pybind11;
+
+namespace fastdp {
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* at(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+template <class T>
+Rows<T> rows(Address a, int64_t count, int64_t n, int64_t stride) {
+  return {at<const T>(a), count, n, stride};
+}
+
+Stream stream(Address key, Domain domain, int64_t step) {
+  Stream s{{}, domain, static_cast<uint64_t>(step)};
+  std::memcpy(s.key, at<const void>(key), sizeof s.key);
+  return s;
+}
+
+template <class Call>
+auto with_type(DType dtype, Call call) {
+  switch (dtype) {
+    case DType::f32: return call(float{});
+    case DType::bf16: return call(bf16{});
+    case DType::f64: return call(double{});
+  }
+  throw std::invalid_argument("dtype=" + std::to_string(static_cast<int>(dtype)));
+}
+
+template <class Call>
+void with_step_type(DType dtype, Call call) {
+  if (dtype == DType::f64) return call(double{});
+  if (dtype == DType::f32) return call(float{});
+  throw std::invalid_argument("dtype: must be float32 or float64");
+}
+
+py::array_t<int64_t> as_array(std::vector<int64_t>&& ids) {
+  auto* owned = new std::vector<int64_t>(std::move(ids));
+  py::capsule owner(owned, [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });
+  return py::array_t<int64_t>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+}
+
+void bind_clipping(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "sq_norms",
+      [](Address g, DType dtype, int64_t batch, int64_t n, int64_t stride, Address out, int threads) {
+        with_type(dtype, [&](auto t) { sq_norms(rows<decltype(t)>(g, batch, n, stride), at<double>(out), threads); });
+      },
+      Release());
+  m.def(
+      "linear_sq_norms",
+      [](Address a, Address b, DType dtype, int64_t batch, int64_t positions, int64_t in, int64_t out_features,
+         int64_t a_stride, int64_t b_stride, bool bias, Address out, int threads) {
+        with_type(dtype, [&](auto t) {
+          using T = decltype(t);
+          linear_sq_norms(rows<T>(a, batch * positions, in, a_stride), rows<T>(b, batch * positions, out_features, b_stride),
+                          positions, bias, at<double>(out), threads);
+        });
+      },
+      Release());
+  m.def(
+      "clip_factors",
+      [](Address sq, DType dtype, int64_t batch, double max_norm, Address out) {
+        return with_type(dtype, [&](auto t) {
+          return clip_factors<decltype(t)>(at<const double>(sq), batch, max_norm, at<double>(out));
+        });
+      },
+      Release());
+  m.def(
+      "clip_sum",
+      [](Address g, DType dtype, int64_t batch, int64_t n, int64_t stride, double max_norm, Address out, int threads) {
+        with_type(dtype, [&](auto t) {
+          using T = decltype(t);
+          clip_sum(rows<T>(g, batch, n, stride), max_norm, at<typename SumOf<T>::type>(out), threads);
+        });
+      },
+      Release());
+  m.def(
+      "scale_rows",
+      [](Address x, DType dtype, int64_t batch, int64_t n, int64_t stride, Address factors, Address out, Address sums,
+         int threads) {
+        with_type(dtype, [&](auto t) {
+          using T = decltype(t);
+          scale_rows(rows<T>(x, batch, n, stride), at<const double>(factors), at<T>(out),
+                     at<typename SumOf<T>::type>(sums), threads);
+        });
+      },
+      Release());
+}
+
+void bind_noise(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "gaussian_noise",
+      [](Address x, DType dtype, int64_t n, double std, Address key, int64_t step, int64_t first, int threads) {
+        const Stream s = stream(key, Domain::noise, step);
+        with_type(dtype, [&](auto t) { gaussian_noise(at<decltype(t)>(x), n, s, first, std, threads); });
+      },
+      Release());
+  py::class_<SgdStep>(m, "SgdStep")
+      .def(py::init([](double std, double scale, double lr, double momentum, double dampening, double weight_decay,
+                       bool nesterov, bool maximize, bool first) {
+             return SgdStep{std, scale, lr, momentum, dampening, weight_decay, nesterov, maximize, first};
+           }),
+           py::kw_only(), py::arg("std"), py::arg("scale"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
+           py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("first"));
+  m.def(
+      "noise_sgd",
+      [](Address p, Address sum, Address buf, DType dtype, int64_t n, Address key, int64_t step, int64_t first,
+         const SgdStep& h, int threads) {
+        const Stream s = stream(key, Domain::noise, step);
+        with_step_type(dtype, [&](auto t) {
+          using T = decltype(t);
+          noise_sgd(at<T>(p), at<const T>(sum), at<T>(buf), n, s, first, h, threads);
+        });
+      },
+      Release());
+  m.def("poisson_sample", [](int64_t n, double rate, Address key, int64_t step) {
+    const Stream s = stream(key, Domain::sampling, step);
+    std::vector<int64_t> ids;
+    {
+      py::gil_scoped_release release;
+      ids = poisson_sample(n, rate, s);
+    }
+    return as_array(std::move(ids));
+  });
+  // For tests: the generator against RFC 8439, and the transform on words of the test's choice.
+  m.def("keystream", [](Address key, uint32_t domain, uint64_t step, uint64_t first, int64_t blocks, Address words) {
+    kernels().keystream(stream(key, Domain{domain}, static_cast<int64_t>(step)), first, blocks, at<uint32_t>(words));
+  });
+  m.def("normals_from_words",
+        [](Address words, int64_t n, Address z) { kernels().normals_from_words(at<const uint32_t>(words), n, at<float>(z)); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, m) {
+  m.attr("__version__") = FASTDP_VERSION;
+  py::enum_<DType>(m, "DType").value("f32", DType::f32).value("bf16", DType::bf16).value("f64", DType::f64);
+  m.def("isa", [] { return kernels().name; });
+  m.def("threads_available", &threads_available);
+  bind_clipping(m);
+  bind_noise(m);
+}
+
+}  // namespace fastdp

@@ -1,0 +1,2 @@
+#define FASTDP_ISA avx2
+#include "isa-inl.h"

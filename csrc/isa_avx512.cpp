@@ -1,0 +1,2 @@
+#define FASTDP_ISA avx512
+#include "isa-inl.h"

@@ -1,0 +1,2 @@
+#define FASTDP_ISA scalar
+#include "isa-inl.h"

@@ -1,0 +1,68 @@
+// The kernels that exist once per instruction set, as plain functions on one thread. ops.cpp splits the work over
+// threads and calls them through this table; dispatch.cpp alone chooses which table.
+#pragma once
+
+#include "common.h"
+
+namespace fastdp {
+
+// Uniform words used by one normal chunk, and the order they come in, are part of the contract: noise element
+// `index` is output (index % 160) / 16 of ChaCha block 16 * (index / 160) + index % 16, whatever the vector width.
+constexpr int64_t kChunk = 160;
+
+// Records of one sampling block: they are drawn from a stream of their own, so a block can be drawn alone.
+constexpr int64_t kSampleBlock = 4096;
+
+// SGD as torch.optim.SGD does it, on (sum + noise) * scale instead of the gradient.
+struct SgdStep {
+  double std;       // of the noise, in units of the sum
+  double scale;     // 1 / expected batch size
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize, first;  // first: the momentum buffer holds nothing yet
+};
+
+template <class T>
+struct TypedKernels {
+  using Sum = typename SumOf<T>::type;
+  double (*sum_squares)(const T* x, int64_t n);
+  // out[0:n] += sum_i factors[i] * rows[i, 0:n], i in order; rows of factor 0 are not read
+  void (*accumulate_rows)(Rows<T> rows, const double* factors, Sum* out);
+  // out[i, :] = factors[i] * rows[i, :], and column sums of that into `sums` unless null; rows of factor 0 give 0 unread
+  void (*scale_rows)(Rows<T> rows, const double* factors, T* out, Sum* sums);
+  // one record: sum_{t,u} <a_t, a_u> <b_t, b_u>, and |sum_t b_t|^2 if bias; `scratch` holds b.n doubles
+  double (*gram_sq_norm)(Rows<T> a, Rows<T> b, bool bias, double* scratch);
+  // x[i] += std * N(first + i)
+  void (*add_noise)(T* x, int64_t n, const Stream& stream, uint64_t first, double std);
+};
+
+template <class T>
+struct StepKernels {
+  // p[i] takes one SGD step with the gradient (sum[i] + std N(first + i)) * scale; buf: momentum buffer or null
+  void (*noise_sgd)(T* p, const T* sum, T* buf, int64_t n, const Stream& stream, uint64_t first, const SgdStep& h);
+};
+
+struct Kernels {
+  const char* name;
+  TypedKernels<float> float32;
+  TypedKernels<bf16> bfloat16;
+  TypedKernels<double> float64;
+  StepKernels<float> step_float32;
+  StepKernels<double> step_float64;
+  // words[16 * blocks] in RFC 8439's order, from block `first` of the stream
+  void (*keystream)(const Stream& stream, uint64_t first, int64_t blocks, uint32_t* words);
+  // z[2][n] from words[3][n] (high, low, angle), n a multiple of 16: what noise is made of, for tests
+  void (*normals_from_words)(const uint32_t* words, int64_t n, float* z);
+  // the records of block `block` (n <= 4096 of them) that are in the batch, ascending; returns how many
+  int64_t (*sample_block)(const Stream& stream, int64_t block, int64_t n, double rate, int64_t* ids);
+
+  const TypedKernels<float>& typed(float) const { return float32; }
+  const TypedKernels<bf16>& typed(bf16) const { return bfloat16; }
+  const TypedKernels<double>& typed(double) const { return float64; }
+  const StepKernels<float>& step(float) const { return step_float32; }
+  const StepKernels<double>& step(double) const { return step_float64; }
+};
+
+// The table for this machine, or for FASTDP_ISA = scalar | avx2 | avx512. Throws std::runtime_error where that cannot run.
+const Kernels& kernels();
+
+}  // namespace fastdp

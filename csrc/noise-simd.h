@@ -1,0 +1,83 @@
+// Gaussian noise, added to memory or consumed by an SGD step as it is made: it is never stored on its own.
+
+inline void normal_chunk(const Stream& s, uint64_t chunk, float (&z)[kChunk]) {
+  for (int part = 0; part < 16; part += kLanes) {
+    u32v x[16];
+    stream_blocks(s, 16 * chunk + part, x);
+    for (int pair = 0; pair < 5; ++pair) {  // 15 of the 16 words; the last is not used
+      f32v z0, z1;
+      normal_pair(x[3 * pair], x[3 * pair + 1], x[3 * pair + 2], z0, z1);
+      std::memcpy(z + 32 * pair + part, &z0, sizeof z0);
+      std::memcpy(z + 32 * pair + 16 + part, &z1, sizeof z1);
+    }
+  }
+}
+
+// Calls body(begin, count, z) for consecutive pieces of [0, n) that lie in one chunk; z[j] is N(first + begin + j).
+template <class Body>
+inline void for_each_chunk(int64_t n, const Stream& stream, uint64_t first, Body body) {
+  alignas(64) float z[kChunk];
+  for (int64_t i = 0; i < n;) {
+    const uint64_t index = first + i;
+    const int64_t skip = index % kChunk;
+    const int64_t count = kChunk - skip < n - i ? kChunk - skip : n - i;
+    normal_chunk(stream, index / kChunk, z);
+    body(i, count, z + skip);
+    i += count;
+  }
+}
+
+template <class T>
+void add_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std) {
+  using F = typename SumOf<T>::type;
+  const F s = static_cast<F>(std);
+  for_each_chunk(n, stream, first, [=](int64_t i, int64_t count, const float* z) {
+    T* __restrict__ to = x + i;
+    for (int64_t j = 0; j < count; ++j) store(to[j], load(to[j]) + s * static_cast<F>(z[j]));
+  });
+}
+
+template <class T>
+void noise_sgd(T* p, const T* sum, T* buf, int64_t n, const Stream& stream, uint64_t first, const SgdStep& h) {
+  const T std = static_cast<T>(h.std), scale = static_cast<T>(h.maximize ? -h.scale : h.scale);
+  const T lr = static_cast<T>(h.lr), decay = static_cast<T>(h.weight_decay);
+  const T keep = static_cast<T>(h.first ? 0.0 : h.momentum), take = static_cast<T>(h.first ? 1.0 : 1.0 - h.dampening);
+  const T look_ahead = static_cast<T>(h.momentum);
+  const bool nesterov = h.nesterov;
+  for_each_chunk(n, stream, first, [=](int64_t i, int64_t count, const float* z) {
+    T* __restrict__ to = p + i;
+    const T* __restrict__ from = sum + i;
+    if (buf == nullptr) {
+      for (int64_t j = 0; j < count; ++j)
+        to[j] -= lr * ((from[j] + std * static_cast<T>(z[j])) * scale + decay * to[j]);
+      return;
+    }
+    T* __restrict__ velocity = buf + i;
+    for (int64_t j = 0; j < count; ++j) {
+      const T g = (from[j] + std * static_cast<T>(z[j])) * scale + decay * to[j];
+      velocity[j] = keep * velocity[j] + take * g;
+      to[j] -= lr * (nesterov ? g + look_ahead * velocity[j] : velocity[j]);
+    }
+  });
+}
+
+inline void keystream(const Stream& s, uint64_t first, int64_t blocks, uint32_t* words) {
+  for (int64_t at = 0; at < blocks; at += kLanes) {
+    u32v x[16];
+    stream_blocks(s, first + at, x);
+    const int64_t count = blocks - at < kLanes ? blocks - at : kLanes;
+    for (int64_t lane = 0; lane < count; ++lane)
+      for (int w = 0; w < 16; ++w) words[16 * (at + lane) + w] = x[w][lane];
+  }
+}
+
+inline void normals_from_words(const uint32_t* words, int64_t n, float* z) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    u32v w[3];
+    for (int k = 0; k < 3; ++k) std::memcpy(&w[k], words + k * n + i, sizeof w[k]);
+    f32v z0, z1;
+    normal_pair(w[0], w[1], w[2], z0, z1);
+    std::memcpy(z + i, &z0, sizeof z0);
+    std::memcpy(z + n + i, &z1, sizeof z1);
+  }
+}

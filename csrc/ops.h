@@ -1,0 +1,45 @@
+// The operations, on pointers: checked by fastdp/ops.py, split over threads here, computed by the kernels.
+// Results do not depend on `threads`: work is cut at fixed places and partial sums are added in a fixed order.
+#pragma once
+
+#include <vector>
+
+#include "kernels.h"
+
+namespace fastdp {
+
+// out[B] = squared row norms of g [B, D]
+template <class T>
+void sq_norms(Rows<T> g, double* out, int threads);
+
+// out[B] = squared norms of the per-sample gradients sum_t b_t a_t^T (and of sum_t b_t, if bias) of a linear layer;
+// a [B, positions, I], b [B, positions, O], as rows of I and of O
+template <class T>
+void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double* out, int threads);
+
+// factors[B] = min(1, max_norm / norm), rounded so that the record's contribution, its products and factor rounded to
+// T, has a norm <= max_norm; 0 where the norm is not finite. Returns how many were not.
+template <class T>
+int64_t clip_factors(const double* sq_norms, int64_t batch, double max_norm, double* factors);
+
+// out[D] = sum_i factor_i g_i
+template <class T>
+void clip_sum(Rows<T> g, double max_norm, typename SumOf<T>::type* out, int threads);
+
+// out[B, n] = factors[B] * rows [B, n]; sums[n] = column sums of out, unless null
+template <class T>
+void scale_rows(Rows<T> rows, const double* factors, T* out, typename SumOf<T>::type* sums, int threads);
+
+// x[n] += std * N(first + i)
+template <class T>
+void gaussian_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, int threads);
+
+// one SGD step of p[n] on (sum + std N(first + i)) * scale
+template <class T>
+void noise_sgd(T* p, const T* sum, T* buf, int64_t n, const Stream& stream, uint64_t first, const SgdStep& h,
+               int threads);
+
+// ascending ids of a Poisson sample of n records
+std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream);
+
+}  // namespace fastdp

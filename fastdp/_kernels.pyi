@@ -1,0 +1,62 @@
+import enum
+
+import numpy as np
+import numpy.typing as npt
+
+__version__: str
+
+class DType(enum.Enum):
+    f32 = 0
+    bf16 = 1
+    f64 = 2
+
+class SgdStep:
+    def __init__(
+        self,
+        *,
+        std: float,
+        scale: float,
+        lr: float,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        maximize: bool,
+        first: bool,
+    ) -> None: ...
+
+def isa() -> str: ...
+def threads_available() -> bool: ...
+
+# Tensors are passed as addresses (`data_ptr()`), lengths and strides count elements; nothing is checked here.
+def sq_norms(g: int, dtype: DType, batch: int, n: int, stride: int, out: int, threads: int) -> None: ...
+def linear_sq_norms(
+    a: int,
+    b: int,
+    dtype: DType,
+    batch: int,
+    positions: int,
+    in_features: int,
+    out_features: int,
+    a_stride: int,
+    b_stride: int,
+    bias: bool,
+    out: int,
+    threads: int,
+) -> None: ...
+def clip_factors(sq_norms: int, dtype: DType, batch: int, max_norm: float, factors: int) -> int: ...
+def clip_sum(
+    g: int, dtype: DType, batch: int, n: int, stride: int, max_norm: float, out: int, threads: int
+) -> None: ...
+def scale_rows(
+    x: int, dtype: DType, batch: int, n: int, stride: int, factors: int, out: int, sums: int, threads: int
+) -> None: ...
+def gaussian_noise(
+    x: int, dtype: DType, n: int, std: float, key: int, step: int, first: int, threads: int
+) -> None: ...
+def noise_sgd(
+    p: int, sum: int, buf: int, dtype: DType, n: int, key: int, step: int, first: int, h: SgdStep, threads: int
+) -> None: ...
+def poisson_sample(n: int, rate: float, key: int, step: int) -> npt.NDArray[np.int64]: ...
+def keystream(key: int, domain: int, step: int, first: int, blocks: int, words: int) -> None: ...
+def normals_from_words(words: int, n: int, z: int) -> None: ...

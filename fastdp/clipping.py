@@ -1,0 +1,155 @@
+"""The sum of clipped per-sample gradients, from what the layers kept, straight into one flat buffer.
+
+The norm over all parameters first (ghost norms, without the gradients), then one matrix product per weight:
+(factor * b)^T a.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdp import _kernels, ops
+from fastdp.errors import PrivacyError
+from fastdp.layers import Use
+
+# A record's rounded products may exceed its norm by 2^-23 of the sum of their lengths when they cancel (sequences).
+ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51}
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Where a parameter's gradient lies in the flat buffer; `offset` is also its first noise index."""
+
+    name: str
+    param: nn.Parameter
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        return self.param.numel()
+
+
+class GradientSum:
+    """The sum of clipped per-sample gradients of all managed parameters in one flat buffer."""
+
+    def __init__(self, spans: list[Span], max_grad_norm: float) -> None:
+        self.spans = spans
+        self.dtype = spans[0].param.dtype
+        end = spans[-1].offset + spans[-1].numel
+        self.flat = torch.zeros(end, dtype=self.dtype)
+        self._max_grad_norm = max_grad_norm
+        self._of: dict[Tensor, Span] = {s.param: s for s in spans}
+        self._scratch: dict[Tensor, Tensor] = {}
+
+    def view(self, p: Tensor) -> Tensor:
+        s = self._of[p]
+        return self.flat[s.offset : s.offset + s.numel].view(p.shape)
+
+    def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float) -> None:
+        """Overwrite the buffer with the clipped sum over this rank's records.
+
+        rows: records in the batch as the model saw it; real_rows: 0 if it was the stand-in of an empty batch.
+        scale: what the loss divided each record's gradient by (the row count for a mean).
+        """
+        weights, paired, lone = _group(uses, self._of, rows)
+        sq, slack = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
+        for p, (a, b) in weights.items():
+            sq += ops._linear_sq_norms(a, b, p in paired)
+            if a.dim() == 3:
+                slack += (_lengths(a) * _lengths(b)).sum(1)
+        for b in lone.values():
+            sq += ops._sq_norms(b if b.dim() == 2 else b.sum(1))
+            if b.dim() == 3:
+                slack += _lengths(b).sum(1)
+        norms = (sq.sqrt() + ROUNDING[self.dtype] * slack) * scale
+        factors = self._factors(norms.square(), real_rows)
+        dropped = factors == 0.0
+        some_dropped = bool(dropped.any())
+        factors *= scale
+        for p in self._of.keys() - weights.keys() - lone.keys() - set(paired.values()):
+            self.view(p).zero_()
+        for p, (a, b) in weights.items():
+            scaled = self._scaled(p, b, factors, self.view(paired[p]) if p in paired else None)
+            if some_dropped:  # selected, not multiplied by 0: a may hold NaN too
+                a = a.masked_fill(dropped.view(-1, *[1] * (a.dim() - 1)), 0.0)
+            torch.mm(scaled.t(), a.reshape(-1, a.shape[-1]), out=self.view(p))
+        for p, b in lone.items():
+            self._scaled(p, b, factors, self.view(p))
+
+    def _factors(self, sq_norms: Tensor, real_rows: int) -> Tensor:
+        factors = torch.zeros_like(sq_norms)
+        if real_rows:
+            _kernels.clip_factors(
+                sq_norms.data_ptr(), ops.DTYPES[self.dtype], len(factors), self._max_grad_norm, factors.data_ptr()
+            )
+        return factors
+
+    def _scaled(self, p: Tensor, b: Tensor, factors: Tensor, sums: Tensor | None) -> Tensor:
+        """factors * b as a matrix [B T, O], in memory kept from step to step; its column sums into `sums`."""
+        if b.dim() == 3:
+            factors = factors.repeat_interleave(b.shape[1])
+        b = b.reshape(-1, b.shape[-1])
+        scratch = self._scratch.get(p)
+        if scratch is None or scratch.numel() < b.numel():
+            # A quarter more than asked for: Poisson batches grow past their first size again and again.
+            scratch = self._scratch[p] = torch.empty(b.numel() * 5 // 4, dtype=self.dtype)
+        out = scratch[: b.numel()].view(b.shape)
+        _kernels.scale_rows(
+            b.data_ptr(),
+            ops.DTYPES[self.dtype],
+            b.shape[0],
+            b.shape[1],
+            b.stride(0),
+            factors.data_ptr(),
+            out.data_ptr(),
+            0 if sums is None else sums.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def _lengths(x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    return norms
+
+
+def _group(
+    uses: list[Use], managed: dict[Tensor, Span], rows: int
+) -> tuple[dict[Tensor, tuple[Tensor, Tensor]], dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+    """(a, b) of each weight, the bias that was used with it every time, and b of each bias without such a weight.
+
+    Joined over all uses: the per-sample gradients of a parameter used more than once are summed before the norm.
+    """
+    weight_uses: dict[Tensor, list[Use]] = {}
+    bias_uses: dict[Tensor, list[Use]] = {}
+    for use in uses:
+        if use.a.dim() < 2 or use.a.shape[0] != rows:
+            raise PrivacyError(
+                f"{use.layer}: input of shape {list(use.a.shape)} for a batch of {rows} records: "
+                "its first dimension must be the record"
+            )
+        if use.weight in managed:
+            weight_uses.setdefault(use.weight, []).append(use)
+        if use.bias is not None and use.bias in managed:
+            bias_uses.setdefault(use.bias, []).append(use)
+    weights = {p: (_join([u.a for u in of]), _join([u.b for u in of])) for p, of in weight_uses.items()}
+    paired, lone = {}, {}
+    for p, of in bias_uses.items():
+        if weight_uses.get(of[0].weight) == of:
+            paired[of[0].weight] = p
+        else:
+            lone[p] = _join([u.b for u in of])
+    return weights, paired, lone
+
+
+def _join(parts: list[Any]) -> Tensor:
+    """[B, ..., F] of each use -> [B, F], or [B, T, F] with the positions of all uses one after the other."""
+    if len(parts) == 1 and parts[0].dim() == 2:
+        joined: Tensor = parts[0]
+    else:
+        joined = torch.cat([x.reshape(x.shape[0], -1, x.shape[-1]) for x in parts], dim=1)
+    return joined.contiguous()

@@ -1,0 +1,227 @@
+"""PrivacyEngine: turns a module, an optimizer and a loader into their differentially private counterparts."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from fastdp import accounting, layers
+from fastdp.clipping import GradientSum, Span
+from fastdp.comm import Communicator
+from fastdp.errors import ArgumentError, CommError, require
+from fastdp.optimizer import PrivateOptimizer
+from fastdp.plan import Plan
+from fastdp.probe import Probe
+from fastdp.sampling import BatchSampler, PrivateLoader, check_loader
+
+# Parameters start on cache lines of the flat buffer: 16 floats.
+ALIGNMENT = 16
+
+
+class PrivacyEngine:
+    """One private training run and what it has spent.
+
+    accountant: "pld" or "rdp". seed: for tests only; the run is reproducible and therefore not private.
+    """
+
+    def __init__(self, accountant: accounting.AccountantName = "pld", seed: int | None = None) -> None:
+        require(
+            seed is None or (isinstance(seed, int) and 0 <= seed < 2**63), "seed", seed, "None or an int in [0, 2^63)"
+        )
+        self.seed = seed
+        self.ledger = accounting.Ledger(accountant)
+        self.plan: Plan | None = None
+        self._dimension = 0
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        poisson_sampling: bool = True,
+        clipping: Literal["flat"] = "flat",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        max_physical_batch_size: int | None = None,
+        dataset_size: int | None = None,
+        comm: Communicator | None = None,
+        secure_mode: bool = False,
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateLoader]:
+        """Make `optimizer.step()` a step of DP-SGD (Abadi et al. 2016, arXiv:1607.00133); the loop stays as it is.
+
+        module: comes back as itself, with hooks; nn.Linear is the only kind with parameters that is supported yet.
+        data_loader: a plain DataLoader; its `batch_size` is the expected size of the Poisson batches over all ranks.
+        noise_multiplier: noise standard deviation over max_grad_norm. max_grad_norm: bound on a record's gradient.
+        loss_reduction: whether the loss is the mean or the sum over the batch's records.
+        dataset_size: a public n for the sampling rate; None takes len(dataset) and treats it as public.
+        comm: ranks that train together, all calling this with the same arguments; parameters start as rank 0's.
+
+        Guarantee: T steps are T compositions of the Poisson-subsampled Gaussian mechanism with the plan's rate and
+        noise; `get_epsilon` is an upper bound under add/remove adjacency. Raises ArgumentError for what is not exact.
+        """
+        records, batch_size = self._check(data_loader, clipping, loss_reduction, max_physical_batch_size, secure_mode)
+        plan = self._plan(records, batch_size, dataset_size, noise_multiplier, max_grad_norm, poisson_sampling, None)
+        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, comm)
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        poisson_sampling: bool = True,
+        clipping: Literal["flat"] = "flat",
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        max_physical_batch_size: int | None = None,
+        dataset_size: int | None = None,
+        comm: Communicator | None = None,
+        secure_mode: bool = False,
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateLoader]:
+        """`make_private` with the least noise for which `epochs` epochs cost (0.995 target_epsilon, target_epsilon].
+
+        Steps beyond those epochs raise PrivacyError. Other arguments as for `make_private`.
+        """
+        require(isinstance(epochs, int) and epochs >= 1, "epochs", epochs, "an int >= 1")
+        records, batch_size = self._check(data_loader, clipping, loss_reduction, max_physical_batch_size, secure_mode)
+        plan = self._plan(records, batch_size, dataset_size, 0.0, max_grad_norm, poisson_sampling, None)
+        steps = epochs * plan.steps_per_epoch
+        sigma = accounting.noise_multiplier(
+            target_epsilon=target_epsilon,
+            # A thousandth is kept for the cut tails of the noise, which `get_epsilon` adds.
+            target_delta=0.999 * target_delta if 0 < target_delta < 1 else target_delta,
+            sample_rate=plan.sample_rate if poisson_sampling else 1.0,
+            steps=steps if poisson_sampling else epochs,
+            accountant=self.ledger.accountant,
+        )
+        plan = self._plan(records, batch_size, dataset_size, sigma, max_grad_norm, poisson_sampling, steps)
+        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, comm)
+
+    def get_epsilon(self, delta: float) -> float:
+        """Upper bound on the epsilon spent so far at `delta`, the noise's cut tails included; 0.0 before any step."""
+        return self.ledger.epsilon_of_sampler(delta, self._dimension)
+
+    def assumptions(self) -> list[str]:
+        """What a reader of the epsilon must know, one line each; the first says so if the run is not private."""
+        lines = [] if self.seed is None else [f"NOT PRIVATE: the noise is reproducible from seed {self.seed}"]
+        return lines + ([] if self.plan is None else self.plan.assumptions())
+
+    def _check(
+        self,
+        data_loader: DataLoader[Any],
+        clipping: str,
+        loss_reduction: str,
+        max_physical_batch_size: int | None,
+        secure_mode: bool,
+    ) -> tuple[int, int]:
+        require(self.plan is None, "make_private", "called twice", "called once per engine: one run, one ledger")
+        require(clipping == "flat", "clipping", clipping, "'flat' in this version")
+        require(loss_reduction in ("mean", "sum"), "loss_reduction", loss_reduction, "'mean' or 'sum'")
+        require(
+            max_physical_batch_size is None,
+            "max_physical_batch_size",
+            max_physical_batch_size,
+            "None in this version: batches are processed whole",
+        )
+        require(not secure_mode, "secure_mode", secure_mode, "False in this version")
+        return check_loader(data_loader)
+
+    def _plan(
+        self,
+        records: int,
+        batch_size: int,
+        dataset_size: int | None,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        poisson_sampling: bool,
+        steps: int | None,
+    ) -> Plan:
+        if dataset_size is not None:
+            require(poisson_sampling, "dataset_size", dataset_size, "None with poisson_sampling=False: no rate uses it")
+        return Plan(
+            dataset_size=records if dataset_size is None else dataset_size,
+            batch_size=batch_size,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            poisson_sampling=poisson_sampling,
+            size_from_data=dataset_size is None,
+            steps=steps,
+        )
+
+    def _build(
+        self,
+        plan: Plan,
+        records: int,
+        module: nn.Module,
+        optimizer: Optimizer,
+        data_loader: DataLoader[Any],
+        loss_reduction: str,
+        comm: Communicator | None,
+    ) -> tuple[nn.Module, PrivateOptimizer, PrivateLoader]:
+        spans = _spans(module, optimizer)
+        rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
+        key = self._shared_key(plan, records, spans, comm)
+        recorder = layers.Recorder()
+        layers.attach(module, recorder)
+        loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size))
+        probe = Probe(module, lambda: loader.rows)
+        loader.on_batch = probe.check_labels
+        gradient = GradientSum(spans, plan.max_grad_norm)
+        private = PrivateOptimizer(
+            optimizer,
+            plan=plan,
+            gradient=gradient,
+            recorder=recorder,
+            probe=probe,
+            loader=loader,
+            ledger=self.ledger,
+            key=key,
+            loss_is_mean=loss_reduction == "mean",
+            comm=comm if size > 1 else None,
+        )
+        self.plan, self._dimension = plan, sum(s.numel for s in spans)
+        return module, private, loader
+
+    def _shared_key(self, plan: Plan, records: int, spans: list[Span], comm: Communicator | None) -> Tensor:
+        """Rank 0's key and parameters on all ranks, after a check that they run the same plan."""
+        secret = os.urandom(32) if self.seed is None else hashlib.sha256(b"fastdp test %d" % self.seed).digest()
+        if comm is not None and comm.size > 1:
+            mine = (plan, records, [(s.name, tuple(s.param.shape), s.param.dtype) for s in spans])
+            for rank, other in enumerate(comm.allgather_object(mine)):
+                if other != mine:
+                    raise CommError(f"rank {rank} runs another plan, data size or model than rank {comm.rank}")
+            secret = comm.bcast_object(secret, 0)
+            with torch.no_grad():
+                for s in spans:
+                    comm.broadcast(s.param.data, 0)
+        return torch.frombuffer(bytearray(secret), dtype=torch.uint8)
+
+
+def _spans(module: nn.Module, optimizer: Optimizer) -> list[Span]:
+    """The managed parameters' places in the flat buffer; they must be just the ones that the optimizer steps."""
+    layers.check(module)
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    spans, offset = [], 0
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        require(p in stepped, f"optimizer: parameter {name}", "absent", "in the optimizer, or not require a gradient")
+        require(p.is_contiguous(), f"{name}.stride()", p.stride(), "contiguous")
+        stepped.discard(p)
+        spans.append(Span(name, p, offset))
+        offset += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
+    if any(p.requires_grad for p in stepped):
+        raise ArgumentError("optimizer", f"{len(stepped)} parameters", "parameters of the module only")
+    return spans

@@ -1,0 +1,24 @@
+"""The errors that fastdp raises on purpose. Each is one line that names the thing, its value and its bound."""
+
+from __future__ import annotations
+
+
+class ArgumentError(ValueError):
+    """A bad argument: `name=value: must be bound`."""
+
+    def __init__(self, name: str, value: object, bound: str) -> None:
+        super().__init__(f"{name}={value!r}: must be {bound}")
+
+
+class PrivacyError(RuntimeError):
+    """Going on would break a promise of the privacy guarantee, so the step is refused."""
+
+
+class CommError(RuntimeError):
+    """A collective failed: names the rank and the reason. The communicator is unusable afterwards."""
+
+
+def require(condition: bool, name: str, value: object, bound: str) -> None:
+    """Raise ArgumentError unless `condition` holds."""
+    if not condition:
+        raise ArgumentError(name, value, bound)

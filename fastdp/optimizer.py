@@ -1,0 +1,181 @@
+"""The optimizer that make_private returns: sum over ranks, noise once, the user's optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from fastdp import _kernels, ops
+from fastdp.accounting import Ledger
+from fastdp.clipping import GradientSum
+from fastdp.comm import Communicator
+from fastdp.errors import ArgumentError, PrivacyError
+from fastdp.layers import Recorder
+from fastdp.plan import Plan
+from fastdp.probe import Probe
+from fastdp.sampling import PrivateLoader
+
+
+class PrivateOptimizer(Optimizer):
+    """Wraps the user's optimizer: same param_groups, same state, so schedulers and state_dict work as before.
+
+    `step()` wants exactly one batch of the loader since the last step, and at most one backward(). Parameters' `.grad`
+    is None except while an optimizer other than SGD runs, when it holds the noised gradient.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        *,
+        plan: Plan,
+        gradient: GradientSum,
+        recorder: Recorder,
+        probe: Probe,
+        loader: PrivateLoader,
+        ledger: Ledger,
+        key: Tensor,
+        loss_is_mean: bool,
+        comm: Communicator | None,
+    ) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+        self._share_state()
+        self.plan, self.gradient, self.ledger = plan, gradient, ledger
+        self.steps = 0
+        self._epochs_recorded = 0
+        self._recorder, self._probe, self._loader = recorder, probe, loader
+        self._key, self._loss_is_mean, self._comm = key, loss_is_mean, comm
+
+    def _share_state(self) -> None:
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
+        self._share_state()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "inner"):
+            raise ArgumentError("param_group", sorted(param_group), "given to the optimizer before make_private")
+        super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._recorder.clear()
+        self.inner.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One DP-SGD step (Abadi et al. 2016, algorithm 1).
+
+        Raises PrivacyError where going on would break the guarantee; nothing of the batch is released then.
+        """
+        if closure is not None:
+            raise ArgumentError("closure", closure, "None: it would evaluate the batch more than once")
+        try:
+            self._check()
+            rows = self._loader.rows
+            shown = max(rows, 1)
+            self.gradient.fill(self._recorder.uses, shown, rows, shown if self._loss_is_mean else 1.0)
+        finally:
+            self._recorder.clear()
+        self._record()  # before anything of the step leaves this process
+        step, self.steps = self.steps, self.steps + 1
+        if self._comm is not None:
+            self._comm.all_reduce(self.gradient.flat)
+        if type(self.inner) is SGD and not self.defaults.get("differentiable"):
+            self._noise_sgd(step)
+        else:
+            self._noise_then_inner(step)
+
+        self.inner._opt_called = True  # type: ignore[attr-defined]  # what schedulers made before make_private look at
+
+    def _record(self) -> None:
+        plan = self.plan
+        if plan.poisson_sampling:
+            self.ledger.step(plan.noise_multiplier, plan.sample_rate)
+        elif self._loader.epochs > self._epochs_recorded:
+            # The batches of an epoch are disjoint, so one step of it depends on a given record.
+            self.ledger.step(plan.noise_multiplier, 1.0, self._loader.epochs - self._epochs_recorded)
+            self._epochs_recorded = self._loader.epochs
+
+    def _check(self) -> None:
+        if self._loader.drawn != self.steps + 1:
+            raise PrivacyError(
+                f"step() after {self._loader.drawn - self.steps} batches of the loader since the last step: "
+                "each step must use exactly one"
+            )
+        if self.plan.steps is not None and self.steps >= self.plan.steps:
+            raise PrivacyError(f"step {self.steps + 1}: the noise was calibrated for {self.plan.steps} steps")
+        for s in self.gradient.spans:
+            if s.param.grad is not None:
+                raise PrivacyError(
+                    f"{s.name}: autograd delivered a gradient that did not come from its nn.Linear; "
+                    "it cannot be clipped per record"
+                )
+        if self._probe.model_checked and not self._probe.loss_checked and self._recorder.uses:
+            raise PrivacyError("loss: it was not probed; call loss.backward() on a loss made of the module's outputs")
+
+    def _noise_sgd(self, step: int) -> None:
+        """Noise and SGD in one pass over each parameter."""
+        threads = torch.get_num_threads()
+        dtype = ops.DTYPES[self.gradient.dtype]
+        of = {s.param: s for s in self.gradient.spans}
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                buffer = state.get("momentum_buffer")
+                first = buffer is None
+                if group["momentum"] != 0 and first:
+                    buffer = state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+                h = _kernels.SgdStep(
+                    std=self.plan.noise_std,
+                    scale=1.0 / self.plan.batch_size,
+                    lr=float(group["lr"]),
+                    momentum=group["momentum"],
+                    dampening=group["dampening"],
+                    weight_decay=group["weight_decay"],
+                    nesterov=group["nesterov"],
+                    maximize=group["maximize"],
+                    first=first,
+                )
+                s = of[p]
+                _kernels.noise_sgd(
+                    p.data_ptr(),
+                    self.gradient.view(p).data_ptr(),
+                    buffer.data_ptr() if group["momentum"] != 0 else 0,
+                    dtype,
+                    s.numel,
+                    self._key.data_ptr(),
+                    step,
+                    s.offset,
+                    h,
+                    threads,
+                )
+        torch.autograd.graph.increment_version([s.param for s in self.gradient.spans])
+
+    def _noise_then_inner(self, step: int) -> None:
+        threads = torch.get_num_threads()
+        for s in self.gradient.spans:
+            g = self.gradient.view(s.param)
+            _kernels.gaussian_noise(
+                g.data_ptr(),
+                ops.DTYPES[self.gradient.dtype],
+                s.numel,
+                self.plan.noise_std,
+                self._key.data_ptr(),
+                step,
+                s.offset,
+                threads,
+            )
+            g /= self.plan.batch_size
+            s.param.grad = g.clone()  # not a view: whoever saved it would save the whole buffer
+        try:
+            self.inner.step()
+        finally:
+            self.inner.zero_grad(set_to_none=True)

@@ -1,0 +1,154 @@
+"""Which records are in a step's batch, and the loader that hands each rank its share of them.
+
+Every rank computes the same global list of record ids from (key, step) and takes its own slice: nothing is
+communicated, and the batches are the same for any number of ranks (P2).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+
+from fastdp import ops
+from fastdp.errors import ArgumentError, require
+from fastdp.plan import Plan
+
+
+class BatchSampler:
+    """Record ids of each step, for one rank.
+
+    records: how many the data set has; key: uint8[32], the same on all ranks; rank, size: of the communicator.
+    """
+
+    def __init__(self, plan: Plan, records: int, key: Tensor, rank: int = 0, size: int = 1) -> None:
+        self.plan, self.records, self.rank, self.size = plan, records, rank, size
+        self._key = key
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def global_batch(self, step: int, epoch: int, position: int) -> Tensor:
+        """Ids of all ranks' records -> int64, ascending if Poisson. `position`: step within the epoch."""
+        plan = self.plan
+        if plan.poisson_sampling:
+            return ops.poisson_sample(self.records, plan.sample_rate, key=self._key, step=step)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return self._order[position * plan.batch_size : (position + 1) * plan.batch_size]
+
+    def local_batch(self, step: int, epoch: int, position: int) -> Tensor:
+        """This rank's slice of the global batch: sizes differ by at most one record."""
+        ids = self.global_batch(step, epoch, position)
+        return ids[len(ids) * self.rank // self.size : len(ids) * (self.rank + 1) // self.size]
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        # Sorting by noise of the sampling key is a uniform permutation; a step index of 2^62 and more is no step's.
+        draws = torch.zeros(self.records, dtype=torch.float64)
+        ops.gaussian_noise_(draws, 1.0, key=self._key, step=2**62 + epoch)
+        return draws.argsort(stable=True)
+
+
+class PrivateLoader:
+    """Iterates like the DataLoader it replaces: one logical batch a step, this rank's records of it.
+
+    An epoch has `plan.steps_per_epoch` steps; iterating again goes on with the next steps. A batch that has no record
+    on this rank comes as one record of zeros, so that the training loop needs no special case; the engine gives it a
+    factor of 0, and `rows` of it is 0.
+    """
+
+    def __init__(self, loader: DataLoader[Any], sampler: BatchSampler) -> None:
+        self.dataset = loader.dataset
+        self.sampler = sampler
+        self.batch_size = sampler.plan.batch_size
+        self.drawn = 0  # batches handed out since the start
+        self.epochs = 0  # iterations begun
+        self.rows = 0  # this rank's records in the last batch
+        self.on_batch: Callable[[Any], None] = lambda batch: None  # sees each batch before it is handed out
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return self.sampler.plan.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, self.epochs = self.epochs, self.epochs + 1
+        first = self.drawn
+        ids = (self.sampler.local_batch(first + i, epoch, i) for i in range(len(self)))
+        for rows, batch in self._fetch(ids):
+            self.drawn += 1
+            self.rows = rows
+            self.on_batch(batch)
+            yield batch
+
+    def _fetch(self, ids: Iterator[Tensor]) -> Iterator[tuple[int, Any]]:
+        loader, dataset = self._loader, self.dataset
+        if type(dataset) is TensorDataset and loader.collate_fn is default_collate and loader.num_workers == 0:
+            for chosen in ids:  # the same as below without a Python call per record
+                yield len(chosen), [_rows_or_zeros(t, chosen) for t in dataset.tensors]
+            return
+        sizes: deque[int] = deque()
+
+        def lists() -> Iterator[list[int]]:
+            for chosen in ids:
+                sizes.append(len(chosen))
+                yield chosen.tolist() or [0]  # record 0 gives the shape only: its values become zeros below
+
+        batches: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=_Once(lists()),
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            timeout=loader.timeout,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            prefetch_factor=loader.prefetch_factor,
+        )
+        for batch in batches:
+            rows = sizes.popleft()
+            yield rows, batch if rows else tree_map_only(Tensor, torch.zeros_like, batch)
+
+
+class _Once:
+    """A batch sampler that is iterated once, as one epoch of a DataLoader does."""
+
+    def __init__(self, lists: Iterator[list[int]]) -> None:
+        self._lists = lists
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._lists
+
+
+def _rows_or_zeros(t: Tensor, ids: Tensor) -> Tensor:
+    return t[ids] if len(ids) else torch.zeros(1, *t.shape[1:], dtype=t.dtype)
+
+
+def check_loader(loader: DataLoader[Any]) -> tuple[int, int]:
+    """(number of records, batch size) of a loader whose sampling we can replace; ArgumentError otherwise."""
+    require(isinstance(loader, DataLoader), "data_loader", type(loader).__name__, "a torch.utils.data.DataLoader")
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise ArgumentError(
+            "data_loader.dataset", type(dataset).__name__, "map-style: records are drawn by their index"
+        )
+    require(loader.batch_size is not None, "data_loader.batch_size", None, "an int: the expected batch size")
+    sampler = loader.sampler
+    plain = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
+    require(
+        plain,
+        "data_loader.sampler",
+        type(sampler).__name__,
+        "torch's sequential or random sampler: any other would change the sampling rate that is accounted",
+    )
+    assert loader.batch_size is not None
+    return len(dataset), loader.batch_size

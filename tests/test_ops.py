@@ -1,0 +1,207 @@
+"""The kernels against the float64 oracle, at every instruction set, and as torch.library operators."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from fastdp import ArgumentError, _kernels, ops, reference
+
+# Largest relative error of a sum or norm against float64: rounding of the inputs is the oracle's too.
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float64: 1e-13}
+SHAPES = [(0, 5), (3, 0), (1, 1), (2, 15), (5, 16), (7, 33), (64, 1000), (3, 40_000), (300, 7)]
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    scale = want.abs().max().item() if want.numel() else 1.0
+    return ((got.double() - want).abs().max().item() if want.numel() else 0.0) / max(scale, 1e-300)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norms_and_clipped_sums(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    g = torch.randn(shape, dtype=torch.float64).to(dtype)
+    want = reference.clip_sum(g, 2.0)
+    assert ops.sq_norms(g).dtype == torch.float64
+    assert relative(ops.sq_norms(g), reference.sq_norms(g)) < 1e-13
+    got = ops.clip_sum(g, 2.0)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert relative(got, want) < LIMITS[dtype]
+    out = torch.full_like(got, math.nan)
+    assert ops.clip_sum(g, 2.0, out=out) is out
+    assert torch.equal(out, got)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(0, 3, 4), (5, 9, 4), (64, 130, 50), (1, 1, 1)])
+def test_linear_norms(shape: tuple[int, int, int], bias: bool, dtype: torch.dtype) -> None:
+    batch, fan_in, fan_out = shape
+    for positions in ((), (1,), (6,)):
+        a = torch.randn(batch, *positions, fan_in).to(dtype)
+        b = torch.randn(batch, *positions, fan_out).to(dtype)
+        assert relative(ops.linear_sq_norms(a, b, bias), reference.linear_sq_norms(a, b, bias)) < 1e-12
+    assert ops.linear_sq_norms(torch.ones(2, 0, 3), torch.ones(2, 0, 4)).tolist() == [0.0, 0.0]
+
+
+def test_strided_rows_are_read_in_place_and_others_refused() -> None:
+    wide = torch.randn(6, 20)
+    assert torch.equal(ops.clip_sum(wide[:, :7], 1.0), ops.clip_sum(wide[:, :7].contiguous(), 1.0))
+    assert torch.equal(ops.sq_norms(wide[::2, :7]), ops.sq_norms(wide[::2, :7].contiguous()))
+    assert torch.equal(ops.sq_norms(torch.ones(1, 9).expand(4, 9)), torch.full((4,), 9.0).double())
+    for bad in (wide.t(), wide[:, ::2]):
+        with pytest.raises(ArgumentError, match="packed rows"):
+            ops.sq_norms(bad)
+    three = torch.randn(4, 6, 5)
+    a = three.transpose(0, 1)
+    with pytest.raises(ArgumentError, match="packed rows"):
+        ops.linear_sq_norms(a, torch.randn(6, 4, 3))
+    with pytest.raises(ArgumentError, match="out="):
+        ops.clip_sum(wide, 1.0, out=torch.empty(20, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda g, k: ops.sq_norms(g[0]), "g.shape"),
+        (lambda g, k: ops.sq_norms(g.int()), "g.dtype"),
+        (lambda g, k: ops.clip_sum(g, -1.0), "max_norm=-1.0: must be finite and >= 0"),
+        (lambda g, k: ops.clip_sum(g, math.nan), "max_norm=nan"),
+        (lambda g, k: ops.clip_noise(g, 1.0, -0.5, key=k, step=0), "noise_multiplier=-0.5"),
+        (lambda g, k: ops.clip_noise(g, 1.0, 1.0, key=k[:31], step=0), "key="),
+        (lambda g, k: ops.clip_noise(g, 1.0, 1.0, key=k), "step=None"),
+        (lambda g, k: ops.clip_noise(g, 1.0, 1.0, key=k, step=-1), "step=-1: must be >= 0"),
+        (lambda g, k: ops.gaussian_noise_(g.t(), 1.0, key=k, step=0), "contiguous"),
+        (lambda g, k: ops.gaussian_noise_(g, 1.0, key=k, step=0, offset=-1), "offset=-1"),
+        (lambda g, k: ops.poisson_sample(10, 1.5, key=k, step=0), "rate=1.5"),
+        (lambda g, k: ops.poisson_sample(-1, 0.5, key=k, step=0), "n=-1"),
+        (lambda g, k: ops.linear_sq_norms(g, g[:2]), "b="),
+    ],
+)
+def test_bad_arguments_are_named(call, message: str, key: torch.Tensor) -> None:
+    with pytest.raises(ArgumentError) as error:
+        call(torch.randn(3, 4), key)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+finite_or_not = st.floats(width=32, allow_nan=True, allow_infinity=True)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=20), elements=finite_or_not),
+    st.one_of(st.just(0.0), st.floats(1e-20, 1e20)),
+)
+def test_each_contribution_is_at_most_max_norm_or_dropped(values: np.ndarray, max_norm: float) -> None:
+    g = torch.from_numpy(values)
+    for row in g:  # the sum over one row is its contribution
+        got = ops.clip_sum(row[None], max_norm).double()
+        if row.isfinite().all():
+            assert got.norm().item() <= max_norm * (1 + 1e-15)
+            want = reference.clip_sum(row[None], max_norm)
+            # Below 1e-37 a float has no 24 bits left.
+            assert (got - want).norm().item() <= 2e-6 * want.norm().item() + 1e-37
+        else:
+            assert not got.any()
+    total = ops.clip_sum(g, max_norm)
+    assert total.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_hostile_rows(dtype: torch.dtype) -> None:
+    huge = torch.finfo(dtype).max
+    rows = torch.tensor([[0.0, 0.0], [huge, -huge], [math.nan, 1.0], [math.inf, 1.0], [3.0, 4.0]], dtype=dtype)
+    contributions = torch.stack([ops.clip_sum(r[None], 1.0) for r in rows]).double()
+    half = math.sqrt(0.5) if dtype != torch.float64 else 0.0  # the square overflows float64: dropped
+    want = torch.tensor([[0, 0], [half, -half], [0, 0], [0, 0], [0.6, 0.8]], dtype=torch.float64)
+    assert (contributions - want).abs().max() < 1e-6
+    assert (contributions.norm(dim=1) <= 1.0).all()
+    assert not ops.clip_sum(rows, 0.0).any()
+
+
+def test_thread_count_changes_no_bit(key: torch.Tensor) -> None:
+    g = torch.randn(40, 100_000)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append((ops.sq_norms(g), ops.clip_noise(g, 1.0, 1.0, key=key, step=1)))
+    finally:
+        torch.set_num_threads(before)
+    assert _kernels.threads_available()
+    for norms, total in results[1:]:
+        assert torch.equal(norms, results[0][0])
+        assert torch.equal(total, results[0][1])
+
+
+def test_instruction_sets_agree_with_the_oracle(at_isa) -> None:
+    printed = at_isa(
+        "import torch; from fastdp import ops, reference as r, _kernels\n"
+        "import os; assert _kernels.isa() == os.environ['FASTDP_ISA']\n"
+        "torch.manual_seed(0)\n"
+        "for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
+        "    g = torch.randn(13, 1037).to(dtype); a = torch.randn(3, 5, 21).to(dtype); b = torch.randn(3, 5, 9).to(dtype)\n"
+        "    for got, want in ((ops.sq_norms(g), r.sq_norms(g)), (ops.clip_sum(g, 3.0), r.clip_sum(g, 3.0)),\n"
+        "                      (ops.linear_sq_norms(a, b), r.linear_sq_norms(a, b))):\n"
+        "        assert ((got.double() - want).norm() / want.norm()).item() < 1e-6\n"
+        "print('agree')"
+    )
+    assert printed == "agree\n"
+
+
+def test_operators_pass_opcheck(key: torch.Tensor) -> None:
+    step = torch.tensor(3)
+    g, a, b = torch.randn(5, 9), torch.randn(5, 4, 9), torch.randn(5, 4, 3)
+    fast = torch.ops.fastdp
+    for op, args, kwargs in (
+        (fast.sq_norms.default, (g,), {}),
+        (fast.clip_sum.default, (g, 1.0), {}),
+        (fast.clip_sum.out, (g, 1.0), {"out": torch.empty(9)}),
+        (fast.clip_noise.default, (g, 1.0, 1.0, key, step), {}),
+        (fast.linear_sq_norms.default, (a, b, True), {}),
+        (fast.gaussian_noise_.default, (g, 1.0, key, step, 0), {}),
+        (fast.poisson_sample.default, (1000, 0.1, key, step), {}),
+    ):
+        opcheck(op, args, kwargs)
+
+
+# Inductor itself warns on import, in another wording with each torch.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_functions_call_them_in_one_graph(backend: str, key: torch.Tensor) -> None:
+    def everything(g, a, b, key, step):
+        noisy = ops.clip_noise(g, 1.0, 1.0, key=key, step=step)
+        x = g.clone()
+        ops.gaussian_noise_(x, 0.5, key=key, step=step + 1, offset=7)
+        out = torch.empty(g.shape[1])
+        ops.clip_sum(g, 1.0, out=out)
+        ids = ops.poisson_sample(1000, 0.1, key=key, step=step)
+        return noisy * 2, x, out + ops.clip_sum(g, 2.0), ids + 1, ops.linear_sq_norms(a, b), ops.sq_norms(g)
+
+    arguments = (torch.randn(5, 9), torch.randn(5, 4, 9), torch.randn(5, 4, 3), key, torch.tensor(5))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(everything, fullgraph=True, backend=backend)
+        for got, want in zip(compiled(*arguments), everything(*arguments), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fresh_keys_are_refused_under_compile() -> None:
+    compiled = torch.compile(lambda g: ops.clip_noise(g, 1.0, 1.0), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="random_key"):
+        compiled(torch.randn(3, 4))
+
+
+def test_fresh_keys_differ() -> None:
+    assert not torch.equal(ops.random_key(), ops.random_key())
+    g = torch.zeros(1, 50)
+    assert not torch.equal(ops.clip_noise(g, 1.0, 1.0), ops.clip_noise(g, 1.0, 1.0))
