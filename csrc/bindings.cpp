@@ -1,9 +1,12 @@
 // Thin: unpack, release the GIL, call. Tensors come as addresses, which fastdp/ops.py has checked.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "ops.h"
 #include "threads.h"
@@ -68,16 +71,17 @@ void bind_clipping(py::module_& m) {
          int64_t a_stride, int64_t b_stride, bool bias, Address out, int threads) {
         with_type(dtype, [&](auto t) {
           using T = decltype(t);
-          linear_sq_norms(rows<T>(a, batch * positions, in, a_stride), rows<T>(b, batch * positions, out_features, b_stride),
-                          positions, bias, at<double>(out), threads);
+          linear_sq_norms(rows<T>(a, batch * positions, in, a_stride),
+                          rows<T>(b, batch * positions, out_features, b_stride), positions, bias, at<double>(out),
+                          threads);
         });
       },
       Release());
   m.def(
       "clip_factors",
-      [](Address sq, DType dtype, int64_t batch, double max_norm, Address out) {
+      [](Address sq, DType dtype, int64_t batch, double scale, double max_norm, Address out) {
         return with_type(dtype, [&](auto t) {
-          return clip_factors<decltype(t)>(at<const double>(sq), batch, max_norm, at<double>(out));
+          return clip_factors<decltype(t)>(at<const double>(sq), batch, scale, max_norm, at<double>(out));
         });
       },
       Release());
@@ -119,17 +123,14 @@ void bind_noise(py::module_& m) {
            }),
            py::kw_only(), py::arg("std"), py::arg("scale"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
            py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("first"));
-  m.def(
-      "noise_sgd",
-      [](Address p, Address sum, Address buf, DType dtype, int64_t n, Address key, int64_t step, int64_t first,
-         const SgdStep& h, int threads) {
-        const Stream s = stream(key, Domain::noise, step);
-        with_step_type(dtype, [&](auto t) {
-          using T = decltype(t);
-          noise_sgd(at<T>(p), at<const T>(sum), at<T>(buf), n, s, first, h, threads);
-        });
-      },
-      Release());
+  m.def("noise_sgd", [](const std::vector<std::tuple<Address, Address, int64_t, uint64_t>>& parameters, Address flat,
+                        DType dtype, Address key, int64_t step, const SgdStep& h, int threads) {
+    std::vector<SgdParameter> list;
+    for (const auto& [p, buf, n, offset] : parameters) list.push_back({p, buf, n, offset});
+    const Stream s = stream(key, Domain::noise, step);
+    py::gil_scoped_release release;
+    with_step_type(dtype, [&](auto t) { noise_sgd(list, at<const decltype(t)>(flat), s, h, threads); });
+  });
   m.def("poisson_sample", [](int64_t n, double rate, Address key, int64_t step) {
     const Stream s = stream(key, Domain::sampling, step);
     std::vector<int64_t> ids;
@@ -143,8 +144,9 @@ void bind_noise(py::module_& m) {
   m.def("keystream", [](Address key, uint32_t domain, uint64_t step, uint64_t first, int64_t blocks, Address words) {
     kernels().keystream(stream(key, Domain{domain}, static_cast<int64_t>(step)), first, blocks, at<uint32_t>(words));
   });
-  m.def("normals_from_words",
-        [](Address words, int64_t n, Address z) { kernels().normals_from_words(at<const uint32_t>(words), n, at<float>(z)); });
+  m.def("normals_from_words", [](Address words, int64_t n, Address z) {
+    kernels().normals_from_words(at<const uint32_t>(words), n, at<float>(z));
+  });
 }
 
 }  // namespace

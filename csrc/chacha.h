@@ -12,10 +12,22 @@ inline void quarter_round(u32v& a, u32v& b, u32v& c, u32v& d) {
 // words 12 and 13 may differ from lane to lane; the others are common to all.
 inline void chacha20(const uint32_t (&key)[8], u32v w12, u32v w13, uint32_t w14, uint32_t w15, u32v (&x)[16]) {
   const u32v zero = {};
-  const u32v init[16] = {zero + 0x61707865u, zero + 0x3320646eu, zero + 0x79622d32u, zero + 0x6b206574u,
-                         zero + key[0],      zero + key[1],      zero + key[2],      zero + key[3],
-                         zero + key[4],      zero + key[5],      zero + key[6],      zero + key[7],
-                         w12,                w13,                zero + w14,         zero + w15};
+  const u32v init[16] = {zero + 0x61707865u,
+                         zero + 0x3320646eu,
+                         zero + 0x79622d32u,
+                         zero + 0x6b206574u,
+                         zero + key[0],
+                         zero + key[1],
+                         zero + key[2],
+                         zero + key[3],
+                         zero + key[4],
+                         zero + key[5],
+                         zero + key[6],
+                         zero + key[7],
+                         w12,
+                         w13,
+                         zero + w14,
+                         zero + w15};
   for (int i = 0; i < 16; ++i) x[i] = init[i];
   for (int round = 0; round < 10; ++round) {
     quarter_round(x[0], x[4], x[8], x[12]);

@@ -15,8 +15,8 @@ constexpr int64_t kSampleBlock = 4096;
 
 // SGD as torch.optim.SGD does it, on (sum + noise) * scale instead of the gradient.
 struct SgdStep {
-  double std;       // of the noise, in units of the sum
-  double scale;     // 1 / expected batch size
+  double std;    // of the noise, in units of the sum
+  double scale;  // 1 / expected batch size
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize, first;  // first: the momentum buffer holds nothing yet
 };
@@ -27,7 +27,8 @@ struct TypedKernels {
   double (*sum_squares)(const T* x, int64_t n);
   // out[0:n] += sum_i factors[i] * rows[i, 0:n], i in order; rows of factor 0 are not read
   void (*accumulate_rows)(Rows<T> rows, const double* factors, Sum* out);
-  // out[i, :] = factors[i] * rows[i, :], and column sums of that into `sums` unless null; rows of factor 0 give 0 unread
+  // out[i, :] = factors[i] * rows[i, :], and column sums of that into `sums` unless null; rows of factor 0 give 0
+  // unread
   void (*scale_rows)(Rows<T> rows, const double* factors, T* out, Sum* sums);
   // one record: sum_{t,u} <a_t, a_u> <b_t, b_u>, and |sum_t b_t|^2 if bias; `scratch` holds b.n doubles
   double (*gram_sq_norm)(Rows<T> a, Rows<T> b, bool bias, double* scratch);
@@ -62,7 +63,8 @@ struct Kernels {
   const StepKernels<double>& step(double) const { return step_float64; }
 };
 
-// The table for this machine, or for FASTDP_ISA = scalar | avx2 | avx512. Throws std::runtime_error where that cannot run.
+// The table for this machine, or for FASTDP_ISA = scalar | avx2 | avx512. Throws std::runtime_error where that cannot
+// run.
 const Kernels& kernels();
 
 }  // namespace fastdp

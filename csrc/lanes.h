@@ -1,6 +1,6 @@
 // Vectors of kLanes 32-bit numbers, as wide as the instruction set this file is compiled for.
-// GCC's and Clang's vector types give arithmetic, shifts, comparisons and selection; the two helpers below are the rest.
-// Included once per instruction set, inside its own namespace: see isa-inl.h.
+// GCC's and Clang's vector types give arithmetic, shifts, comparisons and selection; the two helpers below are the
+// rest. Included once per instruction set, inside its own namespace: see isa-inl.h.
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;

@@ -7,8 +7,7 @@ double gram_sq_norm(Rows<T> a, Rows<T> b, bool bias, double* scratch) {
   double total = 0.0;
   for (int64_t t = 0; t < a.rows; ++t) {
     total += sum_squares(a.row(t), a.n) * sum_squares(b.row(t), b.n);
-    for (int64_t u = 0; u < t; ++u)
-      total += 2.0 * dot(a.row(t), a.row(u), a.n) * dot(b.row(t), b.row(u), b.n);
+    for (int64_t u = 0; u < t; ++u) total += 2.0 * dot(a.row(t), a.row(u), a.n) * dot(b.row(t), b.row(u), b.n);
   }
   if (bias) {
     for (int64_t j = 0; j < b.n; ++j) scratch[j] = 0.0;

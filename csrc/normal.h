@@ -16,7 +16,7 @@ inline f32v unit_interval(u32v high, u32v low) {
 // Gaussian at sqrt(2 * 65 log 2) = 9.49 standard deviations; near 1 by computing 1 - u from the complement of k,
 // so that small radii are as finely spaced as small floats are.
 inline f32v minus_two_log(u32v high, u32v low) {
-  const i32v upper = (i32v)high < 0;              // u >= 1/2
+  const i32v upper = (i32v)high < 0;                                    // u >= 1/2
   const f32v v = unit_interval(high ^ (u32v)upper, low ^ (u32v)upper);  // min(u, 1 - u), in (0, 1/2]
   const f32v u = upper ? 1.0f - v : v;
   // u = 2^e m with m in [sqrt(1/2), sqrt(2)): subtracting the bits of sqrt(1/2) carries into the exponent just there.
@@ -52,7 +52,7 @@ inline void normal_pair(u32v high, u32v low, u32v angle, f32v& z0, f32v& z1) {
   f32v c = 2.443315711809948e-5f * z - 1.388731625493765e-3f;
   c = c * z + 4.166664568298827e-2f;
   c = c * (z * z) + (1.0f - 0.5f * z);
-  const i32v swap = (i32v)angle < 0;                              // bit 31
+  const i32v swap = (i32v)angle < 0;                                   // bit 31
   const f32v r = (f32v)((u32v)radius ^ ((angle << 1) & 0x80000000u));  // bit 30
   z0 = r * (swap ? s : c);
   z1 = r * (swap ? c : s);

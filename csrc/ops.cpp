@@ -54,31 +54,30 @@ void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double*
     for (int64_t i = part * group; i < end; ++i) {
       const int64_t t = i * positions;
       if (positions == 1)  // |b a^T|^2 + |b|^2 = |b|^2 (|a|^2 + 1)
-        out[i] = k.sum_squares(b.row(t), b.n) * (k.sum_squares(a.row(t), a.n) + (bias ? 1.0 : 0.0));
+        out[i] += k.sum_squares(b.row(t), b.n) * (k.sum_squares(a.row(t), a.n) + (bias ? 1.0 : 0.0));
       else
-        out[i] = k.gram_sq_norm({a.row(t), positions, a.n, a.stride}, {b.row(t), positions, b.n, b.stride}, bias,
-                                scratch.data());
+        out[i] += k.gram_sq_norm({a.row(t), positions, a.n, a.stride}, {b.row(t), positions, b.n, b.stride}, bias,
+                                 scratch.data());
     }
   });
 }
 
 template <class T>
-int64_t clip_factors(const double* sq_norms, int64_t batch, double max_norm, double* factors) {
+int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double max_norm, double* factors) {
   // The factor and its product with an element are rounded once each, a matrix product rounds once more: 4 epsilon
   // covers them. 1e-9 (1e-15 for double) covers the sum of squares.
   using F = typename SumOf<T>::type;
   const double epsilon = std::numeric_limits<F>::epsilon();
-  int64_t dropped = 0;
+  int64_t zeros = 0;
   for (int64_t i = 0; i < batch; ++i) {
-    const double norm = std::sqrt(sq_norms[i]) * (1.0 + 1e-2 * epsilon);
-    if (!std::isfinite(norm)) {
+    const double norm = scale * std::sqrt(sq_norms[i]) * (1.0 + 1e-2 * epsilon);
+    if (!std::isfinite(norm))
       factors[i] = 0.0;
-      ++dropped;
-    } else {
-      factors[i] = norm <= max_norm ? 1.0 : max_norm / norm * (1.0 - 4.0 * epsilon);
-    }
+    else
+      factors[i] = scale * (norm <= max_norm ? 1.0 : max_norm / norm * (1.0 - 4.0 * epsilon));
+    zeros += factors[i] == 0.0;
   }
-  return dropped;
+  return zeros;
 }
 
 template <class T>
@@ -90,7 +89,7 @@ void clip_sum(Rows<T> g, double max_norm, typename SumOf<T>::type* out, int thre
   for (int64_t from = 0; from < g.rows; from += block) {
     const Rows<T> rows{g.row(from), std::min(block, g.rows - from), g.n, g.stride};
     sq_norms(rows, norms.data(), threads);
-    clip_factors<T>(norms.data(), rows.rows, max_norm, factors.data());
+    clip_factors<T>(norms.data(), rows.rows, 1.0, max_norm, factors.data());
     // Columns are shared out, not rows, so that each sum is added in the order of the records.
     const int64_t width = std::clamp<int64_t>(kPart / rows.rows, 1024, kPart);
     parallel_parts(threads, ceil_div(g.n, width), [&](int64_t part) {
@@ -115,34 +114,49 @@ void scale_rows(Rows<T> rows, const double* factors, T* out, typename SumOf<T>::
 
 namespace {
 
-// Calls body(begin, count) for pieces of [0, n) that end where chunks of noise end: none is made twice.
-template <class Body>
-void for_noise_parts(int64_t n, uint64_t first, int threads, Body body) {
-  constexpr int64_t per_part = 64 * kChunk;
+constexpr int64_t kNoisePart = 64 * kChunk;  // about 30 us of ChaCha20
+
+// Parts of n elements whose noise starts at index `first`. They end where chunks of noise end: none is made twice.
+int64_t noise_parts(int64_t n, uint64_t first) {
+  return n == 0 ? 0 : ceil_div(static_cast<int64_t>(first % kChunk) + n, kNoisePart);
+}
+
+struct Range {
+  int64_t begin, count;
+};
+
+Range noise_part(int64_t n, uint64_t first, int64_t part) {
   const int64_t offset = first % kChunk;
-  parallel_parts(threads, ceil_div(offset + n, per_part), [&](int64_t part) {
-    const int64_t begin = std::max<int64_t>(0, part * per_part - offset);
-    body(begin, std::min(n, (part + 1) * per_part - offset) - begin);
-  });
+  const int64_t begin = std::max<int64_t>(0, part * kNoisePart - offset);
+  return {begin, std::min(n, (part + 1) * kNoisePart - offset) - begin};
 }
 
 }  // namespace
 
 template <class T>
 void gaussian_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, int threads) {
-  if (n == 0 || std == 0.0) return;
-  for_noise_parts(n, first, threads, [&](int64_t begin, int64_t count) {
-    kernels().typed(T{}).add_noise(x + begin, count, stream, first + begin, std);
+  if (std == 0.0) return;
+  parallel_parts(threads, noise_parts(n, first), [&](int64_t part) {
+    const Range r = noise_part(n, first, part);
+    kernels().typed(T{}).add_noise(x + r.begin, r.count, stream, first + r.begin, std);
   });
 }
 
 template <class T>
-void noise_sgd(T* p, const T* sum, T* buf, int64_t n, const Stream& stream, uint64_t first, const SgdStep& h,
+void noise_sgd(const std::vector<SgdParameter>& parameters, const T* flat, const Stream& stream, const SgdStep& h,
                int threads) {
-  if (n == 0) return;
-  for_noise_parts(n, first, threads, [&](int64_t begin, int64_t count) {
-    kernels().step(T{}).noise_sgd(p + begin, sum + begin, buf == nullptr ? nullptr : buf + begin, count, stream,
-                                  first + begin, h);
+  // All parameters in one parallel region: waking the team for each bias would cost more than its step.
+  std::vector<int64_t> ends;  // of each parameter's parts
+  int64_t parts = 0;
+  for (const SgdParameter& q : parameters) ends.push_back(parts += noise_parts(q.n, q.offset));
+  parallel_parts(threads, parts, [&](int64_t part) {
+    const size_t which = std::upper_bound(ends.begin(), ends.end(), part) - ends.begin();
+    const SgdParameter& q = parameters[which];
+    const Range r = noise_part(q.n, q.offset, part - (which == 0 ? 0 : ends[which - 1]));
+    T* p = reinterpret_cast<T*>(q.p) + r.begin;
+    T* buf = q.buf == 0 ? nullptr : reinterpret_cast<T*>(q.buf) + r.begin;
+    const uint64_t first = q.offset + r.begin;
+    kernels().step(T{}).noise_sgd(p, flat + first, buf, r.count, stream, first, h);
   });
 }
 
@@ -161,17 +175,17 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
   return ids;
 }
 
-#define FASTDP_INSTANTIATE(T)                                                                                     \
-  template void sq_norms(Rows<T>, double*, int);                                                                  \
-  template void linear_sq_norms(Rows<T>, Rows<T>, int64_t, bool, double*, int);                                   \
-  template int64_t clip_factors<T>(const double*, int64_t, double, double*);                                      \
-  template void clip_sum(Rows<T>, double, SumOf<T>::type*, int);                                                  \
-  template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);                                     \
+#define FASTDP_INSTANTIATE(T)                                                        \
+  template void sq_norms(Rows<T>, double*, int);                                     \
+  template void linear_sq_norms(Rows<T>, Rows<T>, int64_t, bool, double*, int);      \
+  template int64_t clip_factors<T>(const double*, int64_t, double, double, double*); \
+  template void clip_sum(Rows<T>, double, SumOf<T>::type*, int);                     \
+  template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);        \
   template void gaussian_noise(T*, int64_t, const Stream&, uint64_t, double, int);
 FASTDP_INSTANTIATE(float)
 FASTDP_INSTANTIATE(bf16)
 FASTDP_INSTANTIATE(double)
-template void noise_sgd(float*, const float*, float*, int64_t, const Stream&, uint64_t, const SgdStep&, int);
-template void noise_sgd(double*, const double*, double*, int64_t, const Stream&, uint64_t, const SgdStep&, int);
+template void noise_sgd(const std::vector<SgdParameter>&, const float*, const Stream&, const SgdStep&, int);
+template void noise_sgd(const std::vector<SgdParameter>&, const double*, const Stream&, const SgdStep&, int);
 
 }  // namespace fastdp

@@ -12,15 +12,16 @@ namespace fastdp {
 template <class T>
 void sq_norms(Rows<T> g, double* out, int threads);
 
-// out[B] = squared norms of the per-sample gradients sum_t b_t a_t^T (and of sum_t b_t, if bias) of a linear layer;
+// out[B] += squared norms of the per-sample gradients sum_t b_t a_t^T (and of sum_t b_t, if bias) of a linear layer;
 // a [B, positions, I], b [B, positions, O], as rows of I and of O
 template <class T>
 void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double* out, int threads);
 
-// factors[B] = min(1, max_norm / norm), rounded so that the record's contribution, its products and factor rounded to
-// T, has a norm <= max_norm; 0 where the norm is not finite. Returns how many were not.
+// factors[B] = scale * min(1, max_norm / norm), norm = scale * sqrt(sq_norms), rounded so that the record's
+// contribution, its products and factor rounded to T, has a norm <= max_norm; 0 where the norm is not finite. Returns
+// how many are 0.
 template <class T>
-int64_t clip_factors(const double* sq_norms, int64_t batch, double max_norm, double* factors);
+int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double max_norm, double* factors);
 
 // out[D] = sum_i factor_i g_i
 template <class T>
@@ -34,9 +35,16 @@ void scale_rows(Rows<T> rows, const double* factors, T* out, typename SumOf<T>::
 template <class T>
 void gaussian_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, int threads);
 
-// one SGD step of p[n] on (sum + std N(first + i)) * scale
+// A parameter p[n], its momentum buffer (or null), and where its gradient starts in the flat buffer; the noise's too.
+struct SgdParameter {
+  uintptr_t p, buf;
+  int64_t n;
+  uint64_t offset;
+};
+
+// one SGD step of each parameter on (flat[offset + i] + std N(offset + i)) * scale
 template <class T>
-void noise_sgd(T* p, const T* sum, T* buf, int64_t n, const Stream& stream, uint64_t first, const SgdStep& h,
+void noise_sgd(const std::vector<SgdParameter>& parameters, const T* flat, const Stream& stream, const SgdStep& h,
                int threads);
 
 // ascending ids of a Poisson sample of n records

@@ -14,7 +14,8 @@ void parallel_parts(int threads, int64_t parts, void (*body)(void* context, int6
 template <class Body>
 void parallel_parts(int threads, int64_t parts, Body&& body) {
   parallel_parts(
-      threads, parts, [](void* context, int64_t part) { (*static_cast<std::remove_reference_t<Body>*>(context))(part); }, &body);
+      threads, parts,
+      [](void* context, int64_t part) { (*static_cast<std::remove_reference_t<Body>*>(context))(part); }, &body);
 }
 
 // Whether a team was found; without one the kernels run on the calling thread.

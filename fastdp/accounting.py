@@ -4,10 +4,9 @@ Two data sets are neighbours if one is the other with one record added or remove
 dp-accounting's; here are its discretisation, the calibration, the ledger of a run, and the cost of cut Gaussian tails.
 
 PLD is the discretised privacy loss distribution (Meiser & Mohammadi 2018; Koskela, Jälkö & Honkela 2020) with the
-pessimistic "connect the dots" rounding of Doroshenko et al. 2022 (arXiv:2207.04380): ε is an upper bound for every grid,
-and the grid decides only how tight. RDP is Mironov, Talwar & Zhang 2019 (arXiv:1908.10530). What either does not cover:
-rounding inside the FFT (below 1e-10 for the run lengths tested, so δ should stay above that), and that real samplers
-work on floating-point numbers.
+pessimistic "connect the dots" rounding of Doroshenko et al. 2022 (arXiv:2207.04380): ε is an upper bound on every
+grid, and the grid decides only how tight. RDP is Mironov, Talwar & Zhang 2019 (arXiv:1908.10530). Not covered: float64
+rounding inside dp-accounting (its FFT makes δ below 1e-10 doubtful), and that samplers draw floating-point numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import contextlib
 import functools
 import logging
 import math
+import numbers
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, Literal
@@ -171,7 +171,7 @@ class Ledger:
         return min(1.0, sum(tail_delta(sigma, n, dimension) for (sigma, _), n in self._counts.items()))
 
     def epsilon_of_sampler(self, delta: float, dimension: int) -> float:
-        """ε of the run with the sampler's cut Gaussian: `epsilon(delta - tail_delta)`, inf if the tails use up delta."""
+        """ε of the run with the sampler's cut Gaussian, `epsilon(delta - tail_delta)`; inf if tails use up delta."""
         require(0 < delta < 1, "delta", delta, "in (0, 1)")
         left = delta - self.tail_delta(dimension)
         return self.epsilon(left) if left > 0 else math.inf
@@ -187,22 +187,23 @@ def tail_delta(noise_multiplier: float, steps: int, dimension: int) -> float:
         min(1, steps (exp(-(R - 1/σ)²/2) + dimension 2^-64)), and 1 where 1/σ > sqrt(R² - 4), that is σ < 0.108.
         At σ = 1, 1000 steps and a million parameters: 5e-11.
 
-    Guarantee: if the run with true Gaussians is (ε, δ)-DP, with or without Poisson sampling, then the run with Gaussians
-    whose Box-Muller pairs are conditioned on a radius <= R is (ε, δ + tail_delta)-DP.
+    Guarantee: if the run with true Gaussians is (ε, δ)-DP, with or without Poisson sampling, then the run with
+    Gaussians whose Box-Muller pairs are conditioned on a radius <= R is (ε, δ + tail_delta)-DP.
 
-    Derivation. In units of the noise's standard deviation, adding a record shifts the mean of a step's output by a vector
-    Δ, |Δ| <= s = 1/σ; Δ_i is its part in pair i, and pair i's noise has the true density divided by 1 - p on the disc of
+    Derivation. In units of the noise's standard deviation, adding a record shifts the mean of a step's output by a
+    vector Δ, |Δ| <= s = 1/σ; Δ_i is its part in pair i. Pair i's noise has the true density over 1 - p on the disc of
     radius R, p = P(|z| > R) = exp(-R²/2) = 2^-65.
-    (a) Where an output lies in both neighbours' supports, the two densities are those of the true Gaussian with the same
-        factor (1-p)^-(pairs), Poisson mixtures included. There, P - e^ε Q is at most δ (1-p)^-(steps pairs) in total:
-        the factor adds less than steps dimension 2^-65.
-    (b) An output in one support only counts in full. For pair i that has probability P(|z+Δ_i| > R and |z| <= R)
-        <= G(|Δ_i|²) + p, where G(t) = Q1(√t, R) - Q1(0, R) and Q1 is Marcum's function, P(|z+Δ| > R). G is convex up
-        to t = R² - 4: 4 G'' = Q3 - 2 Q2 + Q1 has the sign of I2(x)/I1(x) - x/R² at x = R√t, and I2(x)/I1(x) >=
-        x / (2 + sqrt(4 + x²)) (Amos 1974). As G(0) = 0, the sum of G(|Δ_i|²) over pairs is at most G(s²) <=
-        exp(-(R-s)²/2), for |z+Δ| > R needs |z| > R - s. So the shift counts once per step, not once per dimension.
-    (c) Union over steps, with pairs <= (dimension + 1)/2; (a), (b)'s p and the odd pair fit in dimension 2^-64.
-    The grid of 2^64 radii, 2^32 angles and float32 is not covered: no implementation's accounting covers it.
+    (a) Where an output lies in both neighbours' supports, both densities are those of the true Gaussians times the same
+        (1-p)^-(pairs), Poisson mixtures included. There, P - e^ε Q sums to at most δ (1-p)^-(steps pairs) over the
+        run: the factor adds less than steps dimension 2^-65.
+    (b) An output in only one of the supports counts in full. For pair i that has probability
+        P(|z+Δ_i| > R and |z| <= R) <= G(|Δ_i|²) + p with G(t) = Q1(√t, R) - Q1(0, R), where Q1 is Marcum's function
+        P(|z+Δ| > R). G is convex up to t = R² - 4: 4 G'' = Q3 - 2 Q2 + Q1 has the sign of I2(x)/I1(x) - x/R² at
+        x = R√t, and I2(x)/I1(x) >= x / (2 + sqrt(4 + x²)) (Amos 1974). Since G(0) = 0, the pairs' G(|Δ_i|²) sum to
+        at most G(s²) <= exp(-(R-s)²/2), for |z+Δ| > R needs |z| > R - s. So the shift is paid once a step, not once a
+        dimension.
+    (c) Union over steps, with pairs <= (dimension + 1)/2: (a), the p of (b) and the odd pair fit in dimension 2^-64.
+    The grid of 2^64 radii, 2^32 angles and float32 is rounding, which no accountant here covers.
     """
     require(noise_multiplier >= 0, "noise_multiplier", noise_multiplier, ">= 0")
     _check_steps(steps)
@@ -212,12 +213,12 @@ def tail_delta(noise_multiplier: float, steps: int, dimension: int) -> float:
     if noise_multiplier == 0 or noise_multiplier**-2 > TAIL_RADIUS**2 - 4:
         return 1.0
     shift = math.exp(-((TAIL_RADIUS - 1 / noise_multiplier) ** 2) / 2)
-    return min(1.0, steps * (shift + dimension * 2.0**-64))
+    return min(1.0, steps * (shift + dimension * 2 * math.exp(-(TAIL_RADIUS**2) / 2)))
 
 
 def _check_steps(steps: int, name: str = "steps") -> None:
-    require(isinstance(steps, int) and not isinstance(steps, bool), name, steps, "an integer >= 0")
-    require(steps >= 0, name, steps, "an integer >= 0")
+    integral = isinstance(steps, numbers.Integral) and not isinstance(steps, bool)
+    require(integral and steps >= 0, name, steps, "an integer >= 0")
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,6 +7,7 @@ The norm over all parameters first (ghost norms, without the gradients), then on
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -39,15 +40,13 @@ class GradientSum:
     def __init__(self, spans: list[Span], max_grad_norm: float) -> None:
         self.spans = spans
         self.dtype = spans[0].param.dtype
-        end = spans[-1].offset + spans[-1].numel
-        self.flat = torch.zeros(end, dtype=self.dtype)
+        self.flat = torch.zeros(spans[-1].offset + spans[-1].numel, dtype=self.dtype)
+        self.views: dict[Tensor, Tensor] = {
+            s.param: self.flat[s.offset : s.offset + s.numel].view(s.param.shape) for s in spans
+        }
+        self._kind = ops.DTYPES[self.dtype]
         self._max_grad_norm = max_grad_norm
-        self._of: dict[Tensor, Span] = {s.param: s for s in spans}
         self._scratch: dict[Tensor, Tensor] = {}
-
-    def view(self, p: Tensor) -> Tensor:
-        s = self._of[p]
-        return self.flat[s.offset : s.offset + s.numel].view(p.shape)
 
     def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float) -> None:
         """Overwrite the buffer with the clipped sum over this rank's records.
@@ -55,61 +54,67 @@ class GradientSum:
         rows: records in the batch as the model saw it; real_rows: 0 if it was the stand-in of an empty batch.
         scale: what the loss divided each record's gradient by (the row count for a mean).
         """
-        weights, paired, lone = _group(uses, self._of, rows)
-        sq, slack = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
+        weights, paired, lone = _group(uses, self.views, rows)
+        factors, zeros = self._factors(weights, paired, lone, rows, scale)
+        if real_rows == 0:
+            factors.zero_()
+            zeros = rows
+        for p in self.views.keys() - weights.keys() - lone.keys() - set(paired.values()):
+            self.views[p].zero_()
         for p, (a, b) in weights.items():
-            sq += ops._linear_sq_norms(a, b, p in paired)
+            scaled = self._scaled(p, b, factors, self.views[paired[p]] if p in paired else None)
+            if zeros:  # selected, not multiplied by 0: a may hold NaN too
+                a = a.masked_fill((factors == 0.0).view(-1, *[1] * (a.dim() - 1)), 0.0)
+            torch.mm(scaled.t(), a if a.dim() == 2 else a.flatten(0, 1), out=self.views[p])
+        for p, b in lone.items():
+            self._scaled(p, b, factors, self.views[p])
+
+    def _factors(
+        self,
+        weights: dict[Tensor, tuple[Tensor, Tensor]],
+        paired: dict[Tensor, Tensor],
+        lone: dict[Tensor, Tensor],
+        rows: int,
+        scale: float,
+    ) -> tuple[Tensor, int]:
+        """scale * min(1, C / (scale * norm)) of each record, and how many of them are 0."""
+        sq = torch.zeros(rows, dtype=torch.float64)
+        slack: Tensor | None = None
+        for p, (a, b) in weights.items():
+            ops.add_linear_sq_norms(a, b, p in paired, sq)
             if a.dim() == 3:
-                slack += (_lengths(a) * _lengths(b)).sum(1)
+                slack = (_lengths(a) * _lengths(b)).sum(1) + (0.0 if slack is None else slack)
         for b in lone.values():
             sq += ops._sq_norms(b if b.dim() == 2 else b.sum(1))
             if b.dim() == 3:
-                slack += _lengths(b).sum(1)
-        norms = (sq.sqrt() + ROUNDING[self.dtype] * slack) * scale
-        factors = self._factors(norms.square(), real_rows)
-        dropped = factors == 0.0
-        some_dropped = bool(dropped.any())
-        factors *= scale
-        for p in self._of.keys() - weights.keys() - lone.keys() - set(paired.values()):
-            self.view(p).zero_()
-        for p, (a, b) in weights.items():
-            scaled = self._scaled(p, b, factors, self.view(paired[p]) if p in paired else None)
-            if some_dropped:  # selected, not multiplied by 0: a may hold NaN too
-                a = a.masked_fill(dropped.view(-1, *[1] * (a.dim() - 1)), 0.0)
-            torch.mm(scaled.t(), a.reshape(-1, a.shape[-1]), out=self.view(p))
-        for p, b in lone.items():
-            self._scaled(p, b, factors, self.view(p))
-
-    def _factors(self, sq_norms: Tensor, real_rows: int) -> Tensor:
-        factors = torch.zeros_like(sq_norms)
-        if real_rows:
-            _kernels.clip_factors(
-                sq_norms.data_ptr(), ops.DTYPES[self.dtype], len(factors), self._max_grad_norm, factors.data_ptr()
-            )
-        return factors
+                slack = _lengths(b).sum(1) + (0.0 if slack is None else slack)
+        if slack is not None:
+            sq = (sq.sqrt() + ROUNDING[self.dtype] * slack).square()
+        factors = torch.empty_like(sq)
+        zeros = _kernels.clip_factors(sq.data_ptr(), self._kind, rows, scale, self._max_grad_norm, factors.data_ptr())
+        return factors, zeros
 
     def _scaled(self, p: Tensor, b: Tensor, factors: Tensor, sums: Tensor | None) -> Tensor:
         """factors * b as a matrix [B T, O], in memory kept from step to step; its column sums into `sums`."""
         if b.dim() == 3:
             factors = factors.repeat_interleave(b.shape[1])
-        b = b.reshape(-1, b.shape[-1])
+            b = b.flatten(0, 1)
         scratch = self._scratch.get(p)
-        if scratch is None or scratch.numel() < b.numel():
+        if scratch is None or len(scratch) < len(b):
             # A quarter more than asked for: Poisson batches grow past their first size again and again.
-            scratch = self._scratch[p] = torch.empty(b.numel() * 5 // 4, dtype=self.dtype)
-        out = scratch[: b.numel()].view(b.shape)
+            scratch = self._scratch[p] = torch.empty(len(b) * 5 // 4 + 1, b.shape[1], dtype=self.dtype)
         _kernels.scale_rows(
             b.data_ptr(),
-            ops.DTYPES[self.dtype],
+            self._kind,
             b.shape[0],
             b.shape[1],
             b.stride(0),
             factors.data_ptr(),
-            out.data_ptr(),
+            scratch.data_ptr(),
             0 if sums is None else sums.data_ptr(),
             torch.get_num_threads(),
         )
-        return out
+        return scratch[: len(b)]
 
 
 def _lengths(x: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ def _lengths(x: Tensor) -> Tensor:
 
 
 def _group(
-    uses: list[Use], managed: dict[Tensor, Span], rows: int
+    uses: list[Use], managed: Container[Tensor], rows: int
 ) -> tuple[dict[Tensor, tuple[Tensor, Tensor]], dict[Tensor, Tensor], dict[Tensor, Tensor]]:
     """(a, b) of each weight, the bias that was used with it every time, and b of each bias without such a weight.
 

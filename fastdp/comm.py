@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastdp.errors import ArgumentError, CommError, require
+from fastdp.errors import ArgumentError, require
+from fastdp.launch import load_mpi
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,11 +40,16 @@ _kept_for_late_peers: list[object] = []
 
 
 def init(
-    mpi_comm: MPI.Intracomm | None = None, timeout: float = 60.0, *, segment_bytes: int = SEGMENT_BYTES
+    mpi_comm: MPI.Intracomm | None = None,
+    timeout: float = 60.0,
+    *,
+    algorithm: str = "auto",
+    segment_bytes: int = SEGMENT_BYTES,
 ) -> Communicator:
     """A communicator over the ranks of `mpi_comm` (mpi4py; None: COMM_WORLD). All of its ranks call this.
 
     timeout: seconds that a rank waits with nothing arriving before it raises CommError.
+    algorithm: what all_reduce does when it is not told: "ring", "mpi" or "auto".
     segment_bytes: largest message; the same on all ranks.
     Raises CommError when MPI cannot be loaded, or when mpi4py, the launcher and this package disagree about
     which MPI they are.
@@ -60,7 +66,7 @@ def init(
         segment_bytes,
         f"a multiple of 8 in [8, {MAX_SEGMENT_BYTES}]",
     )
-    mpi = _load_mpi()
+    mpi = load_mpi()
     if mpi_comm is None:
         mpi_comm = mpi.COMM_WORLD
     require(
@@ -69,7 +75,7 @@ def init(
         mpi_comm,
         "an mpi4py intracommunicator other than COMM_NULL",
     )
-    return Communicator(mpi_comm, timeout, segment_bytes)
+    return Communicator(mpi_comm, timeout, algorithm, segment_bytes)
 
 
 class Communicator:
@@ -79,18 +85,19 @@ class Communicator:
     Collectives raise ArgumentError on the rank whose argument is bad, before anything is sent.
     """
 
-    def __init__(self, mpi_comm: MPI.Intracomm, timeout: float, segment_bytes: int) -> None:
+    def __init__(self, mpi_comm: MPI.Intracomm, timeout: float, algorithm: str, segment_bytes: int) -> None:
         from fastdp import _mpi
 
         self.timeout = timeout
         self.rank = mpi_comm.Get_rank()
         self.size = mpi_comm.Get_size()
         self._mpi_comm = mpi_comm
-        self._algorithms = _mpi.algorithms
+        self._algorithms = {"auto": _mpi.algorithms.index("ring")}
+        self._algorithms |= {name: code for code, name in enumerate(_mpi.algorithms)}
+        self.algorithm = algorithm
+        self._algorithm_code(algorithm)
         self._codes = {getattr(torch, name): code for code, name in enumerate(_mpi.dtypes)}
-        self._summable = {
-            dtype: self._codes[dtype] for dtype in (getattr(torch, n) for n in _mpi.summable_dtypes)
-        }
+        self._summable = {dtype: self._codes[dtype] for dtype in (getattr(torch, n) for n in _mpi.summable_dtypes)}
         self._native: _mpi.Communicator | None = None
         if self.size > 1:
             try:
@@ -98,26 +105,34 @@ class Communicator:
             except BaseException:
                 _kept_for_late_peers.append(mpi_comm)
                 raise
-        hosts = self.allgather_object(_host())
+        hosts, cores = zip(*self.allgather_object((_host(), _cores())), strict=True)
         self.local_rank = hosts[: self.rank].count(hosts[self.rank])
         self.local_size = hosts.count(hosts[self.rank])
+        # The union: a launcher may have bound each rank to cores of its own.
+        local_cores = set().union(*(c for c, host in zip(cores, hosts, strict=True) if host == hosts[self.rank]))
+        if self._native is not None and len(local_cores) < self.local_size:
+            self._native.share_cores()
 
     def __repr__(self) -> str:
         return f"<fastdp.comm.Communicator: rank {self.rank} of {self.size}, timeout {self.timeout} s>"
 
-    def all_reduce(self, x: torch.Tensor, algorithm: str = "auto") -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor, algorithm: str | None = None) -> torch.Tensor:
         """Sum `x` (contiguous, on the CPU; float32, float64 or int64) over the ranks, in place; returns x.
 
         algorithm: "ring" (the order of summation depends on numel and size only), "mpi" (MPI_Iallreduce; the
-        order is the library's choice), or "auto", which is ring.
+        order is the library's choice), or "auto", which is ring; None is what `init` was given.
         """
-        choices = ("auto", *self._algorithms)
-        require(algorithm in choices, "algorithm", algorithm, f"one of {', '.join(choices)}")
+        chosen = self._algorithm_code(self.algorithm if algorithm is None else algorithm)
         code = _dtype_code(x, self._summable)
         if self._native is not None:
-            chosen = self._algorithms.index("ring" if algorithm == "auto" else algorithm)
             self._in_place(self._native.all_reduce, x, code, chosen)
         return x
+
+    def _algorithm_code(self, algorithm: str) -> int:
+        code = self._algorithms.get(algorithm)
+        if code is None:
+            raise ArgumentError("algorithm", algorithm, f"one of {', '.join(self._algorithms)}")
+        return code
 
     def broadcast(self, x: torch.Tensor, root: int = 0) -> torch.Tensor:
         """Copy `x` (contiguous, on the CPU) from rank `root` to the others, in place; returns x."""
@@ -130,7 +145,7 @@ class Communicator:
     def barrier(self) -> None:
         """Return when all ranks have called it."""
         if self._native is not None:
-            self._native.barrier()
+            self._keeping(None, self._native.barrier)
 
     def bcast_object(self, obj: Any, root: int = 0) -> Any:
         """What `root` passed, on every rank. By pickle: ranks trust each other. Not for inner loops."""
@@ -154,35 +169,32 @@ class Communicator:
         self._mpi_comm.Abort(code)
 
     def _in_place(self, collective: Callable[..., None], x: torch.Tensor, *codes: int) -> None:
-        assert self._native is not None
-        failed_before = bool(self._native.failure)
+        self._keeping(x, collective, x.data_ptr(), x.numel(), *codes)
+        torch.autograd.graph.increment_version(x)  # or autograd would use a saved tensor that has changed
+
+    def _keeping(self, x: torch.Tensor | None, collective: Callable[..., None], *arguments: int) -> None:
         try:
-            collective(x.data_ptr(), x.numel(), *codes)
+            collective(*arguments)
         except BaseException:
-            if self._native.pending and not failed_before:
-                _kept_for_late_peers.append((self, x))
+            if self._native is not None and self._native.pending and self not in _kept_for_late_peers:
+                _kept_for_late_peers.extend((self, x))
             raise
-        if not x.is_inference():
-            torch.autograd.graph.increment_version(x)  # or autograd would use a saved tensor that has changed
 
     def _check_root(self, root: int) -> None:
-        require(
-            isinstance(root, int) and 0 <= root < self.size, "root", root, f"a rank in [0, {self.size - 1}]"
-        )
+        require(isinstance(root, int) and 0 <= root < self.size, "root", root, f"a rank in [0, {self.size - 1}]")
 
 
 def _dtype_code(x: torch.Tensor, codes: dict[torch.dtype, int]) -> int:
+    # One expression for the good case: this is on the path of every collective.
+    if isinstance(x, torch.Tensor) and x.is_cpu and x.layout is torch.strided and x.is_contiguous():
+        code = codes.get(x.dtype)
+        if code is not None:
+            return code
     require(isinstance(x, torch.Tensor), "x", type(x).__name__, "a torch.Tensor")
-    code = codes.get(x.dtype)
-    if code is None:
-        raise ArgumentError("x.dtype", x.dtype, f"one of {', '.join(map(str, codes))}")
-    require(x.device.type == "cpu", "x.device", str(x.device), "cpu")
-    require(x.layout == torch.strided, "x.layout", x.layout, "torch.strided")
-    if not x.is_contiguous():
-        raise ArgumentError(
-            "x.stride()", x.stride(), f"that of a contiguous tensor of shape {tuple(x.shape)}"
-        )
-    return code
+    require(x.dtype in codes, "x.dtype", x.dtype, f"one of {', '.join(map(str, codes))}")
+    require(x.is_cpu, "x.device", str(x.device), "cpu")
+    require(x.layout is torch.strided, "x.layout", x.layout, "torch.strided")
+    raise ArgumentError("x.stride()", x.stride(), f"that of a contiguous tensor of shape {tuple(x.shape)}")
 
 
 def _host() -> tuple[str, str]:
@@ -195,61 +207,10 @@ def _host() -> tuple[str, str]:
     return platform.node(), boot_id
 
 
-def _load_mpi() -> Any:
-    """mpi4py.MPI, once mpi4py, the launcher and fastdp._mpi are known to mean the same MPI."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise CommError(
-            f"mpi4py cannot load MPI ({_one_line(error)}): "
-            "install the wheels `mpi4py` and `mpich`, or build mpi4py for your own MPI"
-        ) from error
-    theirs = _one_line(MPI.Get_library_version())
-    launcher, launched = _launcher()
-    parties = f"mpi4py uses {theirs}, the launcher is {launcher}"
-    cure = "install fastdp with FASTDP_MPI=<prefix of mpi4py's MPI>, and start with the mpirun of that MPI"
-    try:
-        from fastdp import _mpi
-    except ImportError as error:
-        raise CommError(f"fastdp._mpi cannot load its MPI ({_one_line(error)}), {parties}: {cure}") from error
-    ours = _one_line(_mpi.loaded_library())
-    family = "Open MPI" if "Open MPI" in ours or "Spectrum MPI" in ours else "MPICH"
-    if ours != theirs or family != _mpi.built_for:
-        raise CommError(f"fastdp._mpi was built for {_mpi.built_for} and loads {ours}, {parties}: {cure}")
-    if not MPI.Is_initialized() or MPI.Is_finalized():
-        raise CommError(
-            "MPI is not initialised, or finalized: call fastdp.comm.init between MPI_Init and MPI_Finalize"
-        )
-    if launched > 1 and MPI.COMM_WORLD.Get_size() == 1:
-        raise CommError(
-            f"{launcher} started {launched} processes, but each is alone: mpi4py and fastdp._mpi use "
-            f"{theirs}, which does not know that launcher; start with the mpirun of that MPI{_mpirun_hint()}"
-        )
-    return MPI
-
-
-def _launcher() -> tuple[str, int]:
-    """Who started this process, and as one of how many. A Slurm step counts where no mpirun ran inside it."""
-    for variable, name in (
-        ("OMPI_COMM_WORLD_SIZE", "Open MPI's mpirun"),
-        ("PMI_SIZE", "MPICH's mpirun"),  # Intel MPI, Cray and `srun --mpi=pmi2` set it too
-        ("SLURM_STEP_NUM_TASKS", "srun"),
-    ):
-        value = os.environ.get(variable, "")
-        if value.isdecimal():
-            return f"{name} ({variable}={value})", int(value)
-    return "none", 1
-
-
-def _mpirun_hint() -> str:
-    beside_python = os.path.join(os.path.dirname(sys.executable), "mpirun")
-    return f" ({beside_python})" if os.path.exists(beside_python) else ""
-
-
-def _one_line(text: object) -> str:
-    """The first line, without the padding that MPI libraries add: 'MPICH Version: 5.0.2'."""
-    lines = str(text).replace("\0", " ").strip().splitlines() or [type(text).__name__]
-    return " ".join(lines[0].split())
+def _cores() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
 
 
 @atexit.register

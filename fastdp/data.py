@@ -6,13 +6,12 @@ depends on that row alone and costs no privacy (P11).
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from fastdp.errors import ArgumentError, require
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 EMBEDDED: Final = ("adult",)
 
@@ -40,7 +39,7 @@ class Table:
     train_labels: torch.Tensor  # int64 [n]
     test_features: torch.Tensor  # float32 [m, D]
     test_labels: torch.Tensor  # int64 [m]
-    feature_names: tuple[str, ...]  # D names, "column", "column=value" or "column>=edge"
+    feature_names: tuple[str, ...]  # D names: "age", "sex=Male", "age in [25, 30)"
     class_names: tuple[str, ...]
     size_is_public: bool  # whether n may be known to those who see the results
 
@@ -70,14 +69,16 @@ class Column:
         if self.type != "number":
             return ()
         scaled = () if self.scale == "none" else (self.name,)
-        first = (f"{self.name}<{self.bins[0]:g}",) if self.bins else ()
-        return scaled + first + tuple(f"{self.name}>={edge:g}" for edge in self.bins)
+        if not self.bins:
+            return scaled
+        bins = itertools.pairwise((-math.inf, *self.bins, math.inf))
+        return scaled + tuple(f"{self.name} in [{low:g}, {high:g})" for low, high in bins)
 
     def parse(self, texts: Sequence[str]) -> Array:
         """Raw texts to int64 codes (category, label) or float64 numbers.
 
         Raises:
-            ArgumentError: naming the column, the row (from 0) and the value that is not declared or not a finite number.
+            ArgumentError: naming column, row (from 0) and the value that is undeclared or no finite number.
         """
         if self.spellings is not None:
             codes = [self.spellings.get(text, -1) for text in texts]
@@ -94,7 +95,7 @@ class Column:
         return self.check(numbers)
 
     def check(self, cells: Array) -> Array:
-        """`cells` [n], if they are codes within the vocabulary, or finite numbers; otherwise ArgumentError as `parse`."""
+        """`cells` [n] unchanged if they are codes of the vocabulary, or finite numbers; ArgumentError as `parse`."""
         if self.spellings is None:
             bad, bound = ~np.isfinite(cells), "a finite number"
         else:
@@ -105,7 +106,7 @@ class Column:
         return cells
 
     def encode(self, cells: Array, out: npt.NDArray[np.float32]) -> None:
-        """Write the features of `cells` [n] (as from `parse`) into `out` float32 [n, len(feature_names)], all zero before."""
+        """Write the features of `cells` [n], as from `parse`, into zeros `out` float32 [n, len(feature_names)]."""
         rows = np.arange(len(cells))
         self.check(cells)
         if self.type == "category":
@@ -166,9 +167,9 @@ def load(name_or_path: str) -> Table:
     folder = resources.files("fastdp") / "datasets"
     schema = parse_schema((folder / f"{name_or_path}.toml").read_text(encoding="utf-8"))
     with (folder / f"{name_or_path}.npz").open("rb") as file, np.load(file, allow_pickle=False) as cells:
+        used = [column.name for column in schema.columns if column.type != "ignore"]
         train, test = (
-            schema.encode({column.name: cells[f"{split}.{column.name}"] for column in schema.columns if column.type != "ignore"})
-            for split in ("train", "test")
+            schema.encode({column: cells[f"{split}.{column}"] for column in used}) for split in ("train", "test")
         )
     return Table(name_or_path, *train, *test, schema.feature_names, schema.label.values, schema.size_is_public)
 
@@ -206,22 +207,29 @@ def parse_schema(text: str) -> Schema:
     return Schema(str(document["name"]), bool(document.get("size_is_public", False)), columns)
 
 
-_FIELDS: Final = {"number": {"bounds", "scale", "bins"}, "category": {"values"}, "label": {"values"}, "ignore": set[str]()}
+_FIELDS: Final[Mapping[str, frozenset[str]]] = {
+    "number": frozenset({"bounds", "scale", "bins"}),
+    "category": frozenset({"values"}),
+    "label": frozenset({"values"}),
+    "ignore": frozenset(),
+}
 
 
 def _parse_column(fields: Mapping[str, Any]) -> Column:
-    name, kind = fields.get("name"), fields.get("type")
+    name: Any = fields.get("name")
+    kind: Any = fields.get("type")
     require(isinstance(name, str) and name != "", "column.name", name, "a name")
     require(kind in _FIELDS, f"{name}.type", kind, f"one of {', '.join(map(repr, _FIELDS))}")
     unknown = sorted(set(fields) - {"name", "type"} - _FIELDS[kind])
     require(not unknown, f"{name}", unknown, f"without fields that a {kind} does not have")
     if kind == "number":
-        bounds, scale, bins = fields.get("bounds"), fields.get("scale", "linear"), fields.get("bins", [])
+        bounds: Any = fields.get("bounds")
+        scale, bins = fields.get("scale", "linear"), fields.get("bins", [])
         ordered = isinstance(bounds, list) and len(bounds) == 2 and -math.inf < bounds[0] < bounds[1] < math.inf
         require(ordered, f"{name}.bounds", bounds, "[low, high], finite, low < high")
         require(scale in ("linear", "log", "none"), f"{name}.scale", scale, "'linear', 'log' or 'none'")
         edges = [bounds[0], *bins, bounds[1]]
-        inside = all(a < b for a, b in zip(edges, edges[1:], strict=False))
+        inside = all(a < b for a, b in itertools.pairwise(edges))
         require(inside, f"{name}.bins", bins, f"increasing and strictly inside {bounds}")
         return Column(name, "number", (float(bounds[0]), float(bounds[1])), scale, tuple(map(float, bins)))
     values = fields.get("values", [])

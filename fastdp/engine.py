@@ -176,8 +176,8 @@ class PrivacyEngine:
         recorder = layers.Recorder()
         layers.attach(module, recorder)
         loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size))
-        probe = Probe(module, lambda: loader.rows)
-        loader.on_batch = probe.check_labels
+        probe = Probe(module)
+        loader.on_batch = probe.watch
         gradient = GradientSum(spans, plan.max_grad_norm)
         private = PrivateOptimizer(
             optimizer,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdp.errors import ArgumentError, PrivacyError
+from fastdp.probe import Inert
 
 
 @dataclasses.dataclass(eq=False)
@@ -101,14 +102,6 @@ class LinearHooks:
 
     def __reduce__(self) -> tuple[Callable[[], Inert], tuple[()]]:
         return Inert, ()
-
-
-class Inert:
-    """What hooks become in a pickled module: nothing."""
-
-    def before(self, module: nn.Module, args: Any) -> None: ...
-
-    def after(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 def check(module: nn.Module) -> None:

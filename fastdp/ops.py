@@ -139,17 +139,25 @@ def _key_and_step(key: Tensor | None, step: int | Tensor | None) -> tuple[Tensor
 # ---- checks
 
 
+# Each message is made only when it is needed: formatting a shape costs more than the check.
+
+
 def _check_device(name: str, x: Tensor) -> None:
-    require(x.device.type == "cpu", f"{name}.device", str(x.device), "cpu: this build has no CUDA kernels")
+    if not x.is_cpu:
+        raise ArgumentError(f"{name}.device", str(x.device), "cpu: this build has no CUDA kernels")
 
 
 def _check_rows(name: str, x: Tensor, dims: tuple[int, ...] = (2,)) -> None:
-    require(x.dim() in dims, f"{name}.shape", list(x.shape), f"of {' or '.join(map(str, dims))} dimensions")
-    require(x.dtype in DTYPES, f"{name}.dtype", x.dtype, "float32, bfloat16 or float64")
+    if x.dim() not in dims:
+        raise ArgumentError(f"{name}.shape", list(x.shape), f"of {' or '.join(map(str, dims))} dimensions")
+    if x.dtype not in DTYPES:
+        raise ArgumentError(f"{name}.dtype", x.dtype, "float32, bfloat16 or float64")
 
 
 def _check_packed(name: str, x: Tensor) -> None:
     """Rows may lie apart, or on each other (an expanded tensor); the elements of a row must be adjacent."""
+    if x.is_contiguous():
+        return
     ok = x.shape[-1] <= 1 or x.stride(-1) == 1
     if x.dim() == 3 and x.shape[0] > 1 and x.shape[1] > 1:
         ok = ok and x.stride(0) == x.shape[1] * x.stride(1)
@@ -237,34 +245,36 @@ def _clip_noise(g: Tensor, max_norm: float, noise_multiplier: float, key: Tensor
 
 
 def _linear_sq_norms(a: Tensor, b: Tensor, bias: bool) -> Tensor:
+    out = torch.zeros(a.shape[0], dtype=torch.float64)
+    add_linear_sq_norms(a, b, bias, out)
+    return out
+
+
+def add_linear_sq_norms(a: Tensor, b: Tensor, bias: bool, out: Tensor) -> None:
+    """out [B] += linear_sq_norms(a, b, bias)."""
     for name, x in (("a", a), ("b", b)):
         _check_rows(name, x, (2, 3))
         _check_packed(name, x)
         _check_device(name, x)
-    require(
-        a.shape[:-1] == b.shape[:-1] and a.dtype == b.dtype,
-        "b",
-        f"{b.dtype}{list(b.shape)}",
-        f"{a.dtype}{[*a.shape[:-1], 'O']}, as a",
-    )
+    if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype:
+        raise ArgumentError("b", f"{b.dtype}{list(b.shape)}", f"{a.dtype}{[*a.shape[:-1], 'O']}, as a")
     positions = a.shape[1] if a.dim() == 3 else 1
-    out = torch.zeros(a.shape[0], dtype=torch.float64)
-    if positions > 0:
-        _kernels.linear_sq_norms(
-            a.data_ptr(),
-            b.data_ptr(),
-            DTYPES[a.dtype],
-            a.shape[0],
-            positions,
-            a.shape[-1],
-            b.shape[-1],
-            _row_stride(a),
-            _row_stride(b),
-            bias,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-    return out
+    if positions == 0:
+        return
+    _kernels.linear_sq_norms(
+        a.data_ptr(),
+        b.data_ptr(),
+        DTYPES[a.dtype],
+        a.shape[0],
+        positions,
+        a.shape[-1],
+        b.shape[-1],
+        _row_stride(a),
+        _row_stride(b),
+        bias,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
 
 
 def _gaussian_noise_(x: Tensor, std: float, key: Tensor, step: Tensor, offset: int) -> None:

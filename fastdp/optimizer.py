@@ -47,6 +47,7 @@ class PrivateOptimizer(Optimizer):
         self.plan, self.gradient, self.ledger = plan, gradient, ledger
         self.steps = 0
         self._epochs_recorded = 0
+        self._spans = {s.param: s for s in gradient.spans}
         self._recorder, self._probe, self._loader = recorder, probe, loader
         self._key, self._loss_is_mean, self._comm = key, loss_is_mean, comm
 
@@ -118,51 +119,58 @@ class PrivateOptimizer(Optimizer):
                     f"{s.name}: autograd delivered a gradient that did not come from its nn.Linear; "
                     "it cannot be clipped per record"
                 )
-        if self._probe.model_checked and not self._probe.loss_checked and self._recorder.uses:
-            raise PrivacyError("loss: it was not probed; call loss.backward() on a loss made of the module's outputs")
+        if self._recorder.uses and self._loader.rows >= 2 and not self._probe.loss_checked:
+            raise PrivacyError(
+                "loss: it was not probed for coupled records; call the module given to make_private, "
+                "and backward() on a loss made of its outputs"
+            )
 
     def _noise_sgd(self, step: int) -> None:
-        """Noise and SGD in one pass over each parameter."""
-        threads = torch.get_num_threads()
-        dtype = ops.DTYPES[self.gradient.dtype]
-        of = {s.param: s for s in self.gradient.spans}
+        """Noise and SGD in one pass over the parameters of each group."""
         for group in self.param_groups:
+            # The first step of a momentum buffer is another formula: parameters without one go apart.
+            lists: dict[bool, list[tuple[int, int, int, int]]] = {False: [], True: []}
             for p in group["params"]:
-                state = self.state[p]
-                buffer = state.get("momentum_buffer")
-                first = buffer is None
-                if group["momentum"] != 0 and first:
-                    buffer = state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-                h = _kernels.SgdStep(
-                    std=self.plan.noise_std,
-                    scale=1.0 / self.plan.batch_size,
-                    lr=float(group["lr"]),
-                    momentum=group["momentum"],
-                    dampening=group["dampening"],
-                    weight_decay=group["weight_decay"],
-                    nesterov=group["nesterov"],
-                    maximize=group["maximize"],
-                    first=first,
-                )
-                s = of[p]
-                _kernels.noise_sgd(
-                    p.data_ptr(),
-                    self.gradient.view(p).data_ptr(),
-                    buffer.data_ptr() if group["momentum"] != 0 else 0,
-                    dtype,
-                    s.numel,
-                    self._key.data_ptr(),
-                    step,
-                    s.offset,
-                    h,
-                    threads,
-                )
-        torch.autograd.graph.increment_version([s.param for s in self.gradient.spans])
+                s = self._spans.get(p)
+                if s is None:  # frozen
+                    continue
+                address, first = 0, True
+                if group["momentum"] != 0:
+                    buffer = self.state[p].get("momentum_buffer")
+                    first = buffer is None
+                    if buffer is None:
+                        buffer = torch.zeros_like(p, memory_format=torch.contiguous_format)
+                        self.state[p]["momentum_buffer"] = buffer
+                    address = buffer.data_ptr()
+                lists[first].append((p.data_ptr(), address, s.numel, s.offset))
+            for first, parameters in lists.items():
+                if parameters:
+                    self._noise_sgd_group(step, group, first, parameters)
+        torch.autograd.graph.increment_version(list(self._spans))
+
+    def _noise_sgd_group(
+        self, step: int, group: dict[str, Any], first: bool, parameters: list[tuple[int, int, int, int]]
+    ) -> None:
+        h = _kernels.SgdStep(
+            std=self.plan.noise_std,
+            scale=1.0 / self.plan.batch_size,
+            lr=float(group["lr"]),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            first=first,
+        )
+        flat, key = self.gradient.flat, self._key
+        dtype = ops.DTYPES[flat.dtype]
+        threads = torch.get_num_threads()
+        _kernels.noise_sgd(parameters, flat.data_ptr(), dtype, key.data_ptr(), step, h, threads)
 
     def _noise_then_inner(self, step: int) -> None:
         threads = torch.get_num_threads()
         for s in self.gradient.spans:
-            g = self.gradient.view(s.param)
+            g = self.gradient.views[s.param]
             _kernels.gaussian_noise(
                 g.data_ptr(),
                 ops.DTYPES[self.gradient.dtype],

@@ -74,7 +74,7 @@ class PrivateLoader:
         self.drawn = 0  # batches handed out since the start
         self.epochs = 0  # iterations begun
         self.rows = 0  # this rank's records in the last batch
-        self.on_batch: Callable[[Any], None] = lambda batch: None  # sees each batch before it is handed out
+        self.on_batch: Callable[[Any, int], Any] = lambda batch, rows: batch  # sees each batch before the loop does
         self._loader = loader
 
     def __len__(self) -> int:
@@ -87,8 +87,7 @@ class PrivateLoader:
         for rows, batch in self._fetch(ids):
             self.drawn += 1
             self.rows = rows
-            self.on_batch(batch)
-            yield batch
+            yield self.on_batch(batch, rows)
 
     def _fetch(self, ids: Iterator[Tensor]) -> Iterator[tuple[int, Any]]:
         loader, dataset = self._loader, self.dataset

@@ -179,7 +179,7 @@ def test_other_steps_keys_and_domains_are_independent(sample: np.ndarray) -> Non
 def test_offset_continues_the_same_sequence(sample: np.ndarray) -> None:
     x = torch.zeros(1000)
     ops.gaussian_noise_(x, 1.0, key=torch.arange(32, dtype=torch.uint8), step=1, offset=12_345)
-    assert np.array_equal(x.double().numpy(), sample[12_345 : 13_345])
+    assert np.array_equal(x.double().numpy(), sample[12_345:13_345])
 
 
 def test_every_instruction_set_gives_the_same_bits(at_isa) -> None:

@@ -24,7 +24,8 @@ from fastdp.sampling import BatchSampler, PrivateLoader, check_loader
 
 
 @pytest.mark.parametrize(
-    ("n", "rate"), [(0, 0.5), (1, 0.5), (10_000, 0.01), (4096, 1.0), (5000, 0.5), (9000, 0.3), (4097, 0.999), (100, 0.0)]
+    ("n", "rate"),
+    [(0, 0.5), (1, 0.5), (10_000, 0.01), (4096, 1.0), (5000, 0.5), (9000, 0.3), (4097, 0.999), (100, 0.0)],
 )
 def test_ids_are_the_oracles(key: torch.Tensor, n: int, rate: float) -> None:
     got = ops.poisson_sample(n, rate, key=key, step=9)

@@ -1,0 +1,96 @@
+#include <mpi.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "communicator.h"
+#include "mpi_transport.h"
+
+namespace py = pybind11;
+using namespace fastdp::comm;
+
+namespace {
+
+// Called from waits that have released the GIL.
+void check_python_signals() {
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+std::unique_ptr<Communicator> make_communicator(MPI_Fint comm, double timeout_seconds, std::size_t segment_bytes) {
+  const WaitPolicy policy{timeout_seconds, check_python_signals};
+  Wait wait(policy);
+  return std::make_unique<Communicator>(std::make_unique<MpiTransport>(MPI_Comm_f2c(comm), wait), policy,
+                                        segment_bytes);
+}
+
+std::string loaded_library() {
+  // 8192 is MPICH's MPI_MAX_LIBRARY_VERSION_STRING, Open MPI's is 256: when the library that is loaded is not the
+  // one compiled for, and that is what this call finds out, the larger one is needed.
+  char text[8192] = {};
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  return text;
+}
+
+constexpr const char* built_for() {
+#if defined(OPEN_MPI)
+  return "Open MPI";
+#else
+  return "MPICH";  // and those that share its binary interface: Intel MPI, Cray MPICH, MVAPICH
+#endif
+}
+
+template <class Names>
+py::tuple names_of(const Names& names, std::size_t count) {
+  py::tuple result(count);
+  for (std::size_t i = 0; i < count; ++i) result[i] = py::str(std::string(names[i]));
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_mpi, m) {
+  m.attr("__version__") = FASTDP_VERSION;
+  m.attr("built_for") = built_for();
+  m.attr("dtypes") = names_of(kDTypeNames, kDTypeNames.size());
+  m.attr("summable_dtypes") = names_of(kDTypeNames, kSummableDTypes);
+  m.attr("algorithms") = names_of(kAlgorithmNames, kAlgorithmNames.size());
+  m.def("loaded_library", loaded_library);
+
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Failure& failure) {
+      py::set_error(py::module_::import("fastdp.errors").attr("CommError"), failure.what());
+    }
+  });
+
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+  py::class_<Communicator>(m, "Communicator")
+      .def(py::init(&make_communicator), py::arg("fortran_handle"), py::arg("timeout"), py::arg("segment_bytes"),
+           release_gil())
+      .def_property_readonly("rank", &Communicator::rank)
+      .def_property_readonly("size", &Communicator::size)
+      .def_property_readonly("failure", &Communicator::failure)
+      .def_property_readonly("pending", &Communicator::pending)
+      .def(
+          "all_reduce",
+          [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int algorithm) {
+            self.all_reduce(reinterpret_cast<void*>(data), count, static_cast<DType>(dtype),
+                            static_cast<Algorithm>(algorithm));
+          },
+          py::arg("data"), py::arg("count"), py::arg("dtype"), py::arg("algorithm"), release_gil())
+      .def(
+          "broadcast",
+          [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int root) {
+            self.broadcast(reinterpret_cast<void*>(data), count, static_cast<DType>(dtype), root);
+          },
+          py::arg("data"), py::arg("count"), py::arg("dtype"), py::arg("root"), release_gil())
+      .def("share_cores", &Communicator::share_cores)
+      .def("barrier", &Communicator::barrier, release_gil());
+}

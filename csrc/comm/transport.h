@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "types.h"
+
+namespace fastdp::comm {
+
+// A collective could not be completed; the text is for the user. Becomes fastdp.errors.CommError in Python.
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// What the collectives ask of whatever carries their messages: MPI between processes (mpi_transport.h), queues between
+// threads in tests. Messages of one kind between two ranks arrive in the order in which they were sent.
+class Transport {
+ public:
+  // Wide enough for MPICH's int and Open MPI's pointer, so that requests need no table.
+  using Request = std::uint64_t;
+  // Headers have a channel of their own: a rank that is ahead can never have one taken for data.
+  enum class Channel { header, data };
+
+  virtual ~Transport() = default;
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  // `buffer` must outlive the request, whatever happens. At most kMaxMessageBytes.
+  virtual Request send(const void* buffer, std::size_t bytes, int to, Channel channel) = 0;
+  virtual Request receive(void* buffer, std::size_t bytes, int from, Channel channel) = 0;
+  // The all-reduce of the library below, in place; refused where there is none.
+  virtual Request all_reduce(void* data, std::size_t count, DType dtype) = 0;
+  // Makes progress; true once, when the request is complete.
+  virtual bool test(Request& request) = 0;
+  // Requests whose completion test() has not reported: while there are any, their buffers may still be read or written.
+  virtual std::size_t outstanding() const = 0;
+};
+
+// MPI counts are ints.
+inline constexpr std::size_t kMaxMessageBytes = std::size_t{1} << 30;
+
+}  // namespace fastdp::comm

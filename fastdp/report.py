@@ -1,0 +1,184 @@
+"""What a run shows and leaves behind: progress, evaluation, the summary table, files and a picture.
+
+Nothing here is computed from training records except through the private model (P12): no training loss, no batch
+sizes; throughput counts expected records.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastdp.errors import ArgumentError
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, features: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, log-loss (nats) and area under the ROC curve (two classes; NaN otherwise) on `features` [m, D]."""
+    was_training = model.training
+    model.eval()
+    logits = model(features).double()
+    model.train(was_training)
+    if logits.shape[1] > 1:
+        return {
+            "accuracy": (logits.argmax(1) == labels).double().mean().item(),
+            "auc": float("nan"),
+            "log_loss": F.cross_entropy(logits, labels).item(),
+        }
+    score = logits.squeeze(1)
+    return {
+        "accuracy": ((score > 0) == (labels == 1)).double().mean().item(),
+        "auc": area_under_roc(score, labels),
+        "log_loss": F.binary_cross_entropy_with_logits(score, labels.double()).item(),
+    }
+
+
+def area_under_roc(score: Tensor, labels: Tensor) -> float:
+    """Probability that a positive scores above a negative, ties half: Mann & Whitney's U over its largest value."""
+    from scipy.stats import rankdata
+
+    positive = labels == 1
+    p, n = int(positive.sum()), int((~positive).sum())
+    if p == 0 or n == 0:
+        return float("nan")
+    ranks = torch.from_numpy(rankdata(score.numpy()))
+    return ((ranks[positive].sum() - p * (p + 1) / 2) / (p * n)).item()
+
+
+class Progress:
+    """A bar on a terminal, a line per epoch elsewhere; nothing on ranks that do not speak."""
+
+    def __init__(self, speaks: bool, steps: int, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._console = Console() if speaks else None
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+        if self._console is not None and self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=steps, text="")
+        self._steps = steps
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task)
+
+    def epoch(self, metrics: dict[str, float], seconds_per_step: float) -> None:
+        speed = f"{self._batch_size / seconds_per_step:,.0f} records/s"
+        text = f"ε {metrics['epsilon']:.3f}  accuracy {metrics['accuracy']:.4f}  {speed}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, text=text)
+        elif self._console is not None:
+            print(f"epoch {metrics['epoch']:.0f}  step {metrics['step']:.0f}/{self._steps}  {text}", flush=True)
+
+
+class Output:
+    """The folder of a run. Files appear whole or not at all, metrics.jsonl a line at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise ArgumentError("output", str(folder), "a folder that is empty or does not exist")
+            self._metrics: IO[str] = open(folder / "metrics.jsonl", "x", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise ArgumentError("output", str(folder), f"a folder that can be written to ({error.strerror})") from error
+
+    def append_metrics(self, metrics: dict[str, float]) -> None:
+        json.dump(metrics, self._metrics)
+        self._metrics.write("\n")
+        self._metrics.flush()
+
+    def write(self, summary: dict[str, Any], history: list[dict[str, float]], model: nn.Module) -> None:
+        self._metrics.close()
+        self._whole("model.pt", lambda file: torch.save(model.state_dict(), file))
+        self._whole("curves.png", lambda file: draw(history, summary, file))
+        self._whole("report.json", lambda file: file.write(json.dumps(summary, indent=2).encode() + b"\n"))
+
+    def _whole(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
+        partial = self.folder / f".{name}.partial"
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(self.folder / name)
+
+
+def draw(history: list[dict[str, float]], summary: dict[str, Any], file: IO[bytes]) -> None:
+    """Accuracy, log-loss and epsilon over epochs, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    epochs = [m["epoch"] for m in history]
+    for axes, (key, label) in zip(
+        figure.subplots(1, 3),
+        (("accuracy", "accuracy"), ("log_loss", "log-loss"), ("epsilon", f"ε at δ = {summary['delta']:g}")),
+        strict=True,
+    ):
+        axes.plot(epochs, [m[key] for m in history], marker=".")
+        axes.set(xlabel="epoch", title=label)
+        axes.grid(alpha=0.3)
+    note = "" if summary["private"] else "  NOT PRIVATE (seeded)"
+    figure.suptitle(f"{summary['data']}, {summary['model']}: evaluation table, not covered by ε{note}", fontsize=10)
+    figure.savefig(file, format="png", dpi=110)
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """The table at the end of a run."""
+    shown = {
+        "accuracy *": f"{summary['accuracy']:.4f}",
+        "AUC *": f"{summary['auc']:.4f}",
+        "log-loss *": f"{summary['log_loss']:.4f}",
+        "ε": f"{summary['epsilon']:.4f} ({summary['accountant']})",
+        "δ": f"{summary['delta']:g}",
+        "noise multiplier": f"{summary['noise_multiplier']:.4f}",
+        "sample rate": "none: shuffled" if summary["sample_rate"] is None else f"{summary['sample_rate']:.5f}",
+        "steps": str(summary["steps"]),
+        "seconds per epoch": f"{summary['seconds_per_epoch']:.3f}",
+        "records/s (expected)": f"{summary['records_per_second']:,.0f}",
+        "ranks": str(summary["ranks"]),
+        "all-reduce": summary["all_reduce"] or "none",
+    }
+    table = Table(show_header=False, title=f"{summary['data']}, {summary['model']}", title_justify="left")
+    for name, value in shown.items():
+        table.add_row(name, value)
+    console = Console(file=sys.stdout)
+    console.print(table)
+    console.print("* on the evaluation table; not covered by ε", highlight=False)
+    for line in summary["assumptions"]:
+        console.print(line, highlight=False)
+    console.print(f"written to {folder}", highlight=False, soft_wrap=True)

@@ -1,0 +1,321 @@
+"""Train a differentially private model on a table: `mpirun -n 2 python -m fastdp.train`, or without mpirun.
+
+Read `train` from top to bottom for the whole run. Everything on the command line can stand in a TOML file too
+(--config FILE, keys as the options without dashes: `batch_size = 1024`); the command line wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import itertools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import cyclopts
+import torch
+import torch.nn.functional as F
+from cyclopts import Parameter
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastdp
+from fastdp import data, report
+from fastdp.comm import Communicator
+from fastdp.errors import ArgumentError, CommError, require
+from fastdp.optimizer import PrivateOptimizer
+from fastdp.sampling import PrivateLoader
+
+USAGE_ERROR = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What can be chosen. The defaults were tuned on a split of Adult's training rows, not on its test rows."""
+
+    data: str = "adult"
+    "Table to train on: adult (UCI Adult, which ships with the package)."
+    model: str = "mlp:32"
+    "mlp:H1,H2,... (hidden layers) or logistic."
+    target_epsilon: float | None = None
+    "Privacy budget; the noise is calibrated to it. 1.0 if no noise multiplier is given."
+    delta: float = 1e-5
+    "Probability with which the guarantee may fail; well below 1/n."
+    noise_multiplier: float | None = None
+    "Noise standard deviation over max_grad_norm, instead of a target epsilon."
+    epochs: int = 20
+    "Expected passes over the training table."
+    batch_size: int = 1024
+    "Expected records per step, over all ranks."
+    max_grad_norm: float = 4.0
+    "Bound on each record's gradient norm."
+    lr: float = 1.5
+    "Learning rate at the start."
+    lr_schedule: Literal["linear", "constant"] = "linear"
+    "Linear falls to zero over the run."
+    momentum: float = 0.0
+    "Momentum of SGD."
+    accountant: Literal["pld", "rdp"] = "pld"
+    "How epsilon is computed; both are upper bounds, pld is tighter."
+    shuffle: bool = False
+    "Shuffled batches instead of Poisson samples: no amplification by sampling is claimed."
+    all_reduce: Literal["auto", "ring", "mpi"] = "auto"
+    "Algorithm that sums gradients over ranks."
+    timeout: float = 60.0
+    "Seconds that a rank waits for the others before it gives up with an error."
+    seed: int | None = None
+    "For tests: reproducible and therefore NOT private."
+    output: Path | None = None
+    "Folder for report.json, metrics.jsonl, model.pt and curves.png; runs/DATA-TIME if not given."
+
+
+def build_model(spec: str, inputs: int, classes: int) -> nn.Module:
+    """`mlp:64,32` or `logistic`: one logit for two classes, otherwise one per class."""
+    kind, _, sizes = spec.partition(":")
+    hidden: list[int] = []
+    if kind == "mlp":
+        fields = sizes.split(",")
+        good = all(field.isdecimal() and int(field) > 0 for field in fields)
+        require(good, "model", spec, "mlp:H1,H2,... with positive integers, or logistic")
+        hidden = [int(field) for field in fields]
+    else:
+        require(spec == "logistic", "model", spec, "mlp:H1,H2,... with positive integers, or logistic")
+    layers: list[nn.Module] = []
+    for width, following in itertools.pairwise([inputs, *hidden]):
+        layers += [nn.Linear(width, following), nn.Tanh()]  # bounded: Papernot et al. 2020, arXiv:2007.14191
+    return nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], 1 if classes == 2 else classes))
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the batch of each record's log-loss."""
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits.squeeze(1), labels.to(logits.dtype))
+    return F.cross_entropy(logits, labels)
+
+
+def check_options(options: Options) -> None:
+    """Bounds that neither the table nor the engine knows."""
+    require(0 < options.delta < 1, "delta", options.delta, "in (0, 1)")
+    require(options.epochs >= 1, "epochs", options.epochs, ">= 1")
+    require(0 < options.lr < float("inf"), "lr", options.lr, "finite and > 0")
+    require(0 <= options.momentum < 1, "momentum", options.momentum, "in [0, 1)")
+    both = options.target_epsilon is not None and options.noise_multiplier is not None
+    require(not both, "noise_multiplier", options.noise_multiplier, "absent when target_epsilon is given")
+
+
+def load_table(options: Options) -> data.Table:
+    check_options(options)
+    table = data.load(options.data)
+    data.check_finite(table.train_features, table.feature_names)
+    n = len(table.train_labels)
+    require(1 <= options.batch_size <= n, "batch_size", options.batch_size, f"in [1, {n}], the training records")
+    return table
+
+
+@dataclasses.dataclass
+class Run:
+    """What `train` trains."""
+
+    options: Options
+    comm: Communicator
+    table: data.Table
+    engine: fastdp.PrivacyEngine
+    model: nn.Module
+    optimizer: PrivateOptimizer
+    loader: PrivateLoader
+
+
+def make_run(options: Options, comm: Communicator, table: data.Table) -> Run:
+    """Model, optimizer and loader, made private."""
+    if options.seed is None:
+        torch.seed()
+    else:
+        torch.manual_seed(options.seed)
+    model = build_model(options.model, table.train_features.shape[1], table.num_classes)
+    engine = fastdp.PrivacyEngine(accountant=options.accountant, seed=options.seed)
+    common: dict[str, Any] = {
+        "module": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=options.lr, momentum=options.momentum),
+        "data_loader": DataLoader(
+            TensorDataset(table.train_features, table.train_labels), batch_size=options.batch_size
+        ),
+        "max_grad_norm": options.max_grad_norm,
+        "poisson_sampling": not options.shuffle,
+        "comm": comm,
+    }
+    if options.noise_multiplier is not None:
+        made = engine.make_private(noise_multiplier=options.noise_multiplier, **common)
+    else:
+        made = engine.make_private_with_epsilon(
+            target_epsilon=1.0 if options.target_epsilon is None else options.target_epsilon,
+            target_delta=options.delta,
+            epochs=options.epochs,
+            **common,
+        )
+    return Run(options, comm, table, engine, *made)
+
+
+def make_output(options: Options, comm: Communicator) -> report.Output | None:
+    """The folder of results; on rank 0 only."""
+    now = f"{datetime.datetime.now():%Y-%m-%dT%H-%M-%S}"
+    return report.Output(options.output or Path("runs") / f"{options.data}-{now}") if comm.rank == 0 else None
+
+
+def train(run: Run, output: report.Output | None) -> None:
+    """The training loop: forward, one backward, one private step; evaluation after each epoch on rank 0."""
+    options, model, optimizer, loader = run.options, run.model, run.optimizer, run.loader
+    steps = options.epochs * len(loader)
+    progress = report.Progress(output is not None, steps, options.batch_size)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1.0 - step / steps if options.lr_schedule == "linear" else 1.0
+    )
+    history: list[dict[str, float]] = []
+    seconds = 0.0
+    with progress:
+        for epoch in range(1, options.epochs + 1):
+            started = time.perf_counter()
+            for features, labels in loader:
+                optimizer.zero_grad()
+                loss_of(model(features), labels).backward()
+                optimizer.step()
+                schedule.step()
+                progress.advance()
+            seconds += time.perf_counter() - started
+            if output is not None:
+                spent = run.engine.get_epsilon(options.delta)
+                history.append(
+                    {"epoch": epoch, "step": optimizer.steps, "epsilon": spent}
+                    | report.evaluate(model, run.table.test_features, run.table.test_labels)
+                )
+                output.append_metrics(history[-1])
+                progress.epoch(history[-1], seconds / optimizer.steps)
+    if output is not None:
+        summary = summarise(run, history[-1], seconds)
+        output.write(summary, history, model)
+        report.print_summary(summary, output.folder)
+
+
+def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any]:
+    """What the report holds: DP outputs, or figures on the evaluation table, and what to know about both."""
+    options, plan = run.options, run.engine.plan
+    assert plan is not None
+    steps = run.optimizer.steps
+    return {
+        "accuracy": last["accuracy"],
+        "auc": last["auc"],
+        "log_loss": last["log_loss"],
+        "epsilon": last["epsilon"],
+        "delta": options.delta,
+        "noise_multiplier": plan.noise_multiplier,
+        "max_grad_norm": plan.max_grad_norm,
+        "sample_rate": plan.sample_rate if plan.poisson_sampling else None,
+        "steps": steps,
+        "epochs": options.epochs,
+        "seconds_per_epoch": seconds / options.epochs,
+        "records_per_second": steps * plan.batch_size / seconds,
+        "ranks": run.comm.size,
+        "all_reduce": options.all_reduce if run.comm.size > 1 else None,
+        "accountant": options.accountant,
+        "private": options.seed is None,
+        "assumptions": run.engine.assumptions(),
+        "evaluation": "accuracy, auc and log_loss are of the evaluation table and not covered by epsilon",
+        "data": options.data,
+        "model": options.model,
+        "fastdp": fastdp.__version__,
+        "torch": torch.__version__,
+    }
+
+
+app = cyclopts.App(name="fastdp.train", help=__doc__, help_format="plaintext", version=fastdp.__version__)
+
+
+@app.default
+def run_from_options(*, options: Annotated[Options, Parameter(name="*")] = Options()) -> int:
+    try:
+        comm = fastdp.comm.init(timeout=options.timeout, algorithm=options.all_reduce)
+    except ArgumentError as error:
+        return usage_error(error)
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
+    try:
+        table = together(comm, lambda: load_table(options))
+        run = together(comm, lambda: make_run(options, comm, table))
+        output = together(comm, lambda: make_output(options, comm))
+        train(run, output)
+    except Exception:
+        end_all_ranks(comm)
+        raise
+    return 0
+
+
+T = TypeVar("T")
+
+
+def together(comm: Communicator, make: Callable[[], T]) -> T:
+    """make() on every rank. If it raises ArgumentError on any, all leave with exit status 2 and it is printed once."""
+    made: list[T] = []
+    problem = None
+    try:
+        made.append(make())
+    except ArgumentError as error:
+        problem = str(error)
+    problems = dict.fromkeys(p for p in comm.allgather_object(problem) if p is not None)
+    if problems:
+        if comm.rank == 0:
+            for line in problems:
+                complain(line)
+        sys.exit(USAGE_ERROR)
+    return made[0]
+
+
+def end_all_ranks(comm: Communicator) -> None:
+    """Print the exception once and end the job; returns only where this is the only rank."""
+    if comm.size == 1:
+        return
+    if comm.rank != 0:
+        time.sleep(1.0)  # where all ranks fail alike, rank 0 speaks; the others are ended before they wake
+    print(f"rank {comm.rank} of {comm.size}:", file=sys.stderr)
+    traceback.print_exc()
+    comm.abort(1)
+
+
+def complain(line: str) -> None:
+    print(f"fastdp.train: error: {line}", file=sys.stderr)
+
+
+def usage_error(error: Exception) -> int:
+    """For errors before MPI is there to agree on them: rank 0, by the launcher's word, prints them."""
+    ranks = (os.environ.get(v) for v in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
+    if next((r for r in ranks if r is not None), "0") == "0":
+        complain(" ".join(str(error).split()))
+    return USAGE_ERROR
+
+
+def config_files(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """The file after --config, and the other arguments."""
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            yield arguments[i + 1], arguments[:i] + arguments[i + 2 :]
+        elif argument.startswith("--config="):
+            yield argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        for file, rest in config_files(arguments):
+            app.config = (cyclopts.config.Toml(file, must_exist=True),)
+            arguments = rest
+            break
+        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        return result if isinstance(result, int) else 0
+    except (cyclopts.CycloptsError, CommError, FileNotFoundError) as error:
+        return usage_error(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""One rank, with or without mpirun: arguments are checked, data stays as it is, only init loads MPI."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from fastdp import comm
+from fastdp.errors import ArgumentError
+
+assert "mpi4py.MPI" not in sys.modules and "fastdp._mpi" not in sys.modules
+
+for keywords, text in (
+    ({"timeout": 0}, "timeout=0: must be a finite number of seconds > 0"),
+    ({"timeout": float("inf")}, "timeout=inf: must be a finite number"),
+    ({"timeout": "60"}, "timeout='60': must be a finite number"),
+    ({"segment_bytes": 12}, "segment_bytes=12: must be a multiple of 8 in [8, 1073741824]"),
+    ({"segment_bytes": 1 << 31}, "segment_bytes=2147483648: must be"),
+    ({"mpi_comm": "world"}, "mpi_comm='world': must be an mpi4py intracommunicator"),
+):
+    with pytest.raises(ArgumentError) as caught:
+        comm.init(**keywords)  # type: ignore[arg-type]
+    assert str(caught.value).startswith(text), caught.value
+
+c = comm.init()
+assert (c.rank, c.size, c.local_rank, c.local_size, c.timeout) == (0, 1, 0, 1, 60.0)
+x = torch.arange(12, dtype=torch.float32)
+assert c.all_reduce(x) is x and c.broadcast(x) is x
+assert torch.equal(x, torch.arange(12, dtype=torch.float32))
+assert c.bcast_object({"a": 1}) == {"a": 1} and c.allgather_object(7) == [7]
+c.barrier()
+
+for call, text in (
+    (lambda: c.all_reduce(x, algorithm="tree"), "algorithm='tree': must be one of auto, ring, mpi"),
+    (
+        lambda: c.all_reduce(x.half()),
+        "x.dtype=torch.float16: must be one of torch.float32, torch.float64, torch.int64",
+    ),
+    (lambda: c.all_reduce(x.to(torch.complex64)), "x.dtype=torch.complex64: must be one of"),
+    (lambda: c.broadcast(x.to(torch.complex64)), "x.dtype=torch.complex64: must be one of"),
+    (lambda: c.all_reduce(x[::2]), "x.stride()=(2,): must be that of a contiguous tensor of shape (6,)"),
+    (lambda: c.all_reduce(x.reshape(3, 4).T), "x.stride()=(1, 4): must be that of a contiguous tensor"),
+    (lambda: c.all_reduce(x.to("meta")), "x.device='meta': must be cpu"),
+    (lambda: c.all_reduce(x.to_sparse()), "x.layout=torch.sparse_coo: must be torch.strided"),
+    (lambda: c.all_reduce([1.0]), "x='list': must be a torch.Tensor"),
+    (lambda: c.broadcast(x, root=1), "root=1: must be a rank in [0, 0]"),
+    (lambda: c.bcast_object(x, root=-1), "root=-1: must be a rank in [0, 0]"),
+):
+    with pytest.raises(ArgumentError) as caught:
+        call()
+    assert str(caught.value).startswith(text) and "\n" not in str(caught.value), caught.value
+print("done: alone", flush=True)

@@ -1,0 +1,103 @@
+"""All collectives on 1, 2, 3, 4, 7 and 8 ranks in one launch of 8: groups of COMM_WORLD work side by side."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from mpi4py import MPI
+from together import data, expected, rough
+
+from fastdp import comm
+
+GROUPS = ([8], [7, 1], [4, 4], [3, 3, 2])
+COUNTS = (0, 1, 2, 10, 100, 1000, 10007)
+
+
+def check_all_reduce(c: comm.Communicator, segment_bytes: int) -> None:
+    for count in COUNTS:
+        if count * 8 > 128 * segment_bytes:
+            continue  # 8-byte segments of the longest tensor would only take long
+        for dtype in (torch.float32, torch.float64, torch.int64):
+            want = expected(c.size, count, dtype)
+            for algorithm in ("ring", "mpi", "auto"):
+                x = data(c.rank, count, dtype)
+                assert c.all_reduce(x, algorithm=algorithm) is x
+                assert torch.equal(x, want), (c, segment_bytes, count, dtype, algorithm)
+    x = data(c.rank, 60, torch.float32).reshape(3, 4, 5)
+    assert torch.equal(c.all_reduce(x).flatten(), expected(c.size, 60, torch.float32))
+    # A view that starts at an address that is no multiple of 8.
+    x = data(c.rank, 101, torch.float32)
+    c.all_reduce(x[1:])
+    assert torch.equal(x[1:], expected(c.size, 101, torch.float32)[1:])
+
+
+def ring_sum(size: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """The order of csrc/comm/ring.h: chunk k in the order k, k+1, ..., k-1 (mod size)."""
+    parts = [rough(rank, count, dtype) for rank in range(size)]
+    total = torch.empty(count, dtype=dtype)
+    for chunk, index in enumerate(torch.arange(count).tensor_split(size)):
+        total[index] = parts[chunk][index]
+        for step in range(1, size):
+            total[index] += parts[(chunk + step) % size][index]
+    return total
+
+
+def check_order(c: comm.Communicator) -> None:
+    for count in (1, 10, 1000, 10007):
+        for dtype in (torch.float32, torch.float64):
+            results = [c.all_reduce(rough(c.rank, count, dtype), algorithm="ring") for _ in range(3)]
+            digests = {hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in results}
+            everywhere = set().union(*c.allgather_object(digests))
+            assert len(everywhere) == 1, (c, count, dtype)
+            assert torch.equal(results[0], ring_sum(c.size, count, dtype)), (c, count, dtype)
+
+
+def check_broadcast(c: comm.Communicator, segment_bytes: int) -> None:
+    for root in range(c.size):
+        for count in (0, 1, 10, 1000):
+            for dtype in (torch.float32, torch.int64, torch.bfloat16, torch.uint8, torch.bool):
+                if count * dtype.itemsize > 128 * segment_bytes:
+                    continue
+                x = data(c.rank, count, torch.float32).to(dtype)
+                assert c.broadcast(x, root=root) is x
+                assert torch.equal(x, data(root, count, torch.float32).to(dtype)), (c, root, count, dtype)
+
+
+def check_rest(c: comm.Communicator) -> None:
+    assert (c.local_rank, c.local_size) == (c.rank, c.size)  # one host
+    assert c.allgather_object({"rank": c.rank, "text": "x" * c.rank}) == [
+        {"rank": r, "text": "x" * r} for r in range(c.size)
+    ]
+    for root in range(c.size):
+        assert c.bcast_object(("from", c.rank) if c.rank == root else None, root) == ("from", root)
+    c.barrier()
+    x = torch.ones(3)
+    before = x._version
+    c.all_reduce(x)
+    assert c.size == 1 or x._version > before
+    with torch.inference_mode():
+        assert c.all_reduce(torch.ones(3)).tolist() == [c.size] * 3
+    parameter = torch.nn.Parameter(torch.full((3,), float(c.rank)))
+    assert c.broadcast(parameter, root=c.size - 1).tolist() == [c.size - 1] * 3
+
+
+def main() -> None:
+    world = MPI.COMM_WORLD
+    for sizes in GROUPS:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        group = max(i for i, start in enumerate(starts) if world.rank >= start)
+        mpi_comm = world.Split(group)
+        assert mpi_comm.size == sizes[group]
+        for segment_bytes in (8, 256, comm.SEGMENT_BYTES):
+            c = comm.init(mpi_comm, timeout=60, segment_bytes=segment_bytes)
+            assert (c.rank, c.size) == (mpi_comm.rank, mpi_comm.size)
+            check_all_reduce(c, segment_bytes)
+            check_broadcast(c, segment_bytes)
+        check_order(c)
+        check_rest(c)
+        if c.rank == 0:
+            print(f"done: {c.size} ranks", flush=True)
+
+
+main()

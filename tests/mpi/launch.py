@@ -1,0 +1,65 @@
+"""Starts scripts of this folder under mpirun."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def find_mpirun() -> str | None:
+    """That of this environment before any other on PATH: a mixture would run every rank alone."""
+    beside_python = Path(sys.executable).with_name("mpirun")
+    return str(beside_python) if beside_python.exists() else shutil.which("mpirun")
+
+
+@functools.cache
+def is_open_mpi() -> bool:
+    mpirun = find_mpirun()
+    assert mpirun
+    version = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60)
+    return "open mpi" in (version.stdout + version.stderr).lower()
+
+
+def start(
+    script: str, *args: str, ranks: int, timeout: float = 120, cleanup: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run `script`; stdout and stderr come back together. cleanup=False: the survivors of a death go on."""
+    mpirun = find_mpirun()
+    if mpirun is None:
+        pytest.skip("no mpirun, neither beside python nor on PATH")
+    flags: list[str] = []
+    if is_open_mpi():
+        flags += ["--oversubscribe"]
+    elif not cleanup:
+        flags += ["-disable-auto-cleanup"]
+    # One thread per rank: there are more ranks than cores.
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    command = [mpirun, *flags, "-n", str(ranks), sys.executable, str(HERE / script), *args]
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        timeout=timeout,
+        env=environment,
+    )
+
+
+def run(script: str, *args: str, ranks: int, timeout: float = 120) -> str:
+    """`start`, and every rank must have ended well."""
+    result = start(script, *args, ranks=ranks, timeout=timeout)
+    assert result.returncode == 0, result.stdout
+    return result.stdout

@@ -1,0 +1,207 @@
+"""P1's last sentence: models and losses that couple the records of a batch are found at first use and refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastdp import PrivacyEngine, PrivacyError
+
+
+def run(module: nn.Module, loss, steps: int = 2, labels: Tensor | None = None, x: Tensor | None = None) -> None:
+    x = torch.randn(60, 6) if x is None else x
+    labels = torch.randint(0, 3, (60,)) if labels is None else labels
+    module, optimizer, loader = PrivacyEngine(seed=1).make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(x, labels), batch_size=20),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    for _, (x, y) in zip(range(steps), loader, strict=False):
+        optimizer.zero_grad()
+        loss(module(x), y).backward()
+        optimizer.step()
+
+
+def mlp(middle: nn.Module | None = None, out: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), middle or nn.ReLU(), nn.Linear(8, out))
+
+
+class Centred(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+class Attends(nn.Module):
+    """Softmax over the records, a small coupling for most of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.t() / 10, dim=1) @ x
+
+
+class Counts(nn.Module):
+    """Keeps a buffer; the probe's extra forward must not show in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.relu(x)
+
+
+def one_hot(y: Tensor) -> Tensor:
+    return F.one_hot(y, 3).float()
+
+
+SEPARABLE = {
+    "cross_entropy": F.cross_entropy,
+    "CrossEntropyLoss": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "sum": lambda out, y: F.cross_entropy(out, y, reduction="sum"),
+    "weighted_sum": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]), reduction="sum"),
+    "nll": lambda out, y: F.nll_loss(F.log_softmax(out, dim=1), y),
+    "bce": lambda out, y: F.binary_cross_entropy(torch.sigmoid(out), one_hot(y)),
+    "bce_logits": lambda out, y: F.binary_cross_entropy_with_logits(out, one_hot(y)),
+    "mse": lambda out, y: F.mse_loss(out, one_hot(y)),
+    "by_hand": lambda out, y: -out.log_softmax(1).gather(1, y[:, None]).mean() + 0.01 * out.square().sum(1).mean(),
+    "in_place": lambda out, y: F.cross_entropy(out.mul_(0.5), y),
+    "autocast_free_ops": lambda out, y: (out[torch.arange(len(out)), y] - 1).abs().mean(),
+    "random": lambda out, y: F.cross_entropy(F.dropout(out, 0.3), y),
+}
+
+
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_separable_losses_pass(name: str) -> None:
+    run(mlp(), SEPARABLE[name])
+
+
+@pytest.mark.parametrize("middle", [nn.Dropout(0.5), nn.Softmax(dim=1), nn.Tanh()])
+def test_separable_modules_pass(middle: nn.Module) -> None:
+    run(mlp(middle), F.cross_entropy)
+
+
+def test_the_probe_leaves_buffers_and_random_numbers_alone() -> None:
+    middle = Counts()
+    run(mlp(middle), F.cross_entropy, steps=2)
+    assert middle.calls.item() == 2
+    # Dropout draws the same numbers as without the engine.
+    x, y = torch.randn(60, 6), torch.randint(0, 3, (60,))
+    states = []
+    for probed in (True, False):
+        module = mlp(nn.Dropout(0.5))
+        module, _optimizer, loader = PrivacyEngine(seed=1).make_private(
+            module=module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            data_loader=DataLoader(TensorDataset(x, y), batch_size=20),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+        batch, labels = next(iter(loader))
+        torch.manual_seed(5)
+        if probed:
+            F.cross_entropy(module(batch), labels).backward()
+        else:
+            F.dropout(torch.ones(len(batch), 8), 0.5)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("middle", [Centred(), Attends()])
+def test_modules_that_mix_records_are_refused(middle: nn.Module) -> None:
+    with pytest.raises(PrivacyError, match="module: its output for a record depends on the other records"):
+        run(mlp(middle), F.cross_entropy)
+
+
+COUPLED = {
+    "class_weights": (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 2.0])), "class weights"),
+    "nll_weights": (lambda out, y: F.nll_loss(out, y, torch.tensor([1.0, 2.0, 2.0])), "class weights"),
+    "weights_by_hand": (
+        lambda out, y: (F.cross_entropy(out, y, reduction="none") * (w := 1.0 + y)).sum() / w.sum(),
+        "a record's gradient depends on the other records",
+    ),
+    "batch_normaliser": (lambda out, y: F.cross_entropy(out / out.std(), y), "depends on the other records"),
+    "contrastive": (lambda out, y: F.cross_entropy(out @ out.t(), torch.arange(len(out))), "depends on the other"),
+    "max": (lambda out, y: F.cross_entropy(out, y, reduction="none").max(), "depends on the other records"),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_losses_that_couple_records_are_refused(name: str) -> None:
+    loss, message = COUPLED[name]
+    with pytest.raises(PrivacyError, match=message):
+        run(mlp(), loss)
+
+
+def test_ignored_labels_under_a_mean_are_refused_whenever_they_come() -> None:
+    labels = torch.randint(0, 3, (60,))
+    labels[::2] = -100
+    with pytest.raises(PrivacyError, match="ignore_index=-100"):
+        run(mlp(), F.cross_entropy, labels=labels)
+    late = torch.randint(0, 3, (60,))
+    module = mlp()
+    module, optimizer, loader = PrivacyEngine(seed=1).make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(60, 6), late), batch_size=20),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    batches = iter(loader)
+    x, y = next(batches)
+    F.cross_entropy(module(x), y).backward()
+    optimizer.step()
+    late.fill_(-100)
+    with pytest.raises(PrivacyError, match="ignore_index=-100"):
+        next(batches)
+    run(mlp(), lambda out, y: F.cross_entropy(out, y, reduction="sum"), labels=labels)  # a sum couples nothing
+
+
+def test_a_loss_that_cannot_be_replayed_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="not probed"):
+        module = mlp()
+        module, optimizer, loader = PrivacyEngine(seed=1).make_private(
+            module=module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            data_loader=DataLoader(TensorDataset(torch.randn(60, 6)), batch_size=20),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+        (x,) = next(iter(loader))
+        torch.autograd.backward(module(x).square().mean())
+        optimizer.step()
+
+
+class ReturnsLoss(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).square().mean()
+
+
+def test_a_model_that_returns_its_loss_is_refused_by_shape() -> None:
+    with pytest.raises(PrivacyError, match=r"output of shape \[\]"):
+        run(ReturnsLoss(), lambda out, y: out)
+
+
+class Several(nn.Module):
+    """A dict of outputs, keyword arguments, and an output that the loss does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> dict[str, Tensor]:
+        return {"logits": self.a(x) * scale, "other": self.b(x)}
+
+
+def test_nested_outputs_are_probed() -> None:
+    run(Several(), lambda out, y: F.cross_entropy(out["logits"], y))
+    with pytest.raises(PrivacyError, match="depends on the other records"):
+        run(Several(), lambda out, y: F.cross_entropy(out["logits"] / out["other"].sum(), y))

@@ -1,0 +1,37 @@
+"""P2 and P3 over ranks: the same batches, the same bits of noise, its variance once, equal parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from mpi import launch
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[int, dict]:
+    return {ranks: json.loads(launch.run("training.py", ranks=ranks)) for ranks in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_batches_noise_and_epsilon_do_not_depend_on_ranks(facts: dict[int, dict], ranks: int) -> None:
+    assert sum(map(len, facts[1]["batches"])) > 60
+    for fact in ("batches", "noise", "epsilon"):
+        assert facts[ranks][fact] == facts[1][fact]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parameters_are_equal_to_rounding(facts: dict[int, dict], ranks: int) -> None:
+    one, many = (torch.tensor(facts[r]["parameters"], dtype=torch.float64) for r in (1, ranks))
+    assert ((many - one).abs().max() / one.abs().max()).item() < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_noise_has_the_variance_of_one_draw(facts: dict[int, dict], ranks: int) -> None:
+    assert abs(facts[ranks]["variance"] - 1) < 5 * math.sqrt(2 / facts[ranks]["draws"])
+
+
+def test_some_ranks_had_nothing_to_do(facts: dict[int, dict]) -> None:
+    assert facts[4]["empty_slices"] > 5

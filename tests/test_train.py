@@ -1,0 +1,173 @@
+"""`python -m fastdp.train`: results, files, the same run on any number of ranks, and every way to misuse it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mpi import launch
+
+from fastdp import data, report, train
+
+
+def train_cli(*arguments: str, ranks: int = 0, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """`python -m fastdp.train`, under mpirun if ranks > 0."""
+    prefix = []
+    if ranks:
+        mpirun = launch.find_mpirun()
+        if mpirun is None:
+            pytest.skip("no mpirun")
+        prefix = [mpirun, *(["--oversubscribe"] if launch.is_open_mpi() else []), "-n", str(ranks)]
+    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return subprocess.run(
+        [*prefix, sys.executable, "-m", "fastdp.train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folders = {}
+    for ranks in (0, 2, 4):
+        folders[ranks] = tmp_path_factory.mktemp("train") / "run"
+        done = train_cli("--seed", "3", "--epochs", "3", "--output", str(folders[ranks]), ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        assert "NOT PRIVATE" in done.stdout
+    return folders
+
+
+def test_a_run_leaves_its_files(seeded: dict[int, Path]) -> None:
+    folder = seeded[2]
+    assert sorted(p.name for p in folder.iterdir()) == ["curves.png", "metrics.jsonl", "model.pt", "report.json"]
+    summary = json.loads((folder / "report.json").read_text())
+    assert summary["accuracy"] > 0.84 and 0.9 < summary["auc"] < 0.92 and summary["log_loss"] < 0.45
+    assert 0.99 < summary["epsilon"] <= 1.0 and summary["delta"] == 1e-5
+    assert summary["steps"] == 3 * 32 and summary["ranks"] == 2 and summary["private"] is False
+    assert "not covered by epsilon" in summary["evaluation"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines] == [32, 64, 96]
+    assert 0 < lines[0]["epsilon"] < lines[1]["epsilon"] < lines[2]["epsilon"] == summary["epsilon"]
+    assert set(lines[0]) == {"epoch", "step", "epsilon", "accuracy", "auc", "log_loss"}
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    state = torch.load(folder / "model.pt", weights_only=True)
+    assert {k: tuple(v.shape) for k, v in state.items()} == {
+        "0.weight": (32, 166),
+        "0.bias": (32,),
+        "2.weight": (1, 32),
+        "2.bias": (1,),
+    }
+    assert (folder / "model.pt").stat().st_size < 4 * sum(v.numel() for v in state.values()) + 4096
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_same_run_on_more_ranks(seeded: dict[int, Path], ranks: int) -> None:
+    one, many = (torch.load(seeded[r] / "model.pt", weights_only=True) for r in (0, ranks))
+    for name, value in one.items():
+        assert ((many[name] - value).abs().max() / value.abs().max()).item() < 1e-5
+
+
+def test_the_saved_model_gives_the_reported_figures(seeded: dict[int, Path]) -> None:
+    table = data.load("adult")
+    model = train.build_model("mlp:32", table.train_features.shape[1], 2)
+    model.load_state_dict(torch.load(seeded[0] / "model.pt", weights_only=True))
+    summary = json.loads((seeded[0] / "report.json").read_text())
+    logits = model(table.test_features).detach().squeeze(1).double()
+    wrong = ((logits > 0).long() != table.test_labels).double().mean().item()
+    assert summary["accuracy"] == pytest.approx(1 - wrong, abs=1e-9)
+    p = torch.sigmoid(logits)
+    likelihood = torch.where(table.test_labels == 1, p, 1 - p)
+    assert summary["log_loss"] == pytest.approx(-likelihood.log().mean().item(), rel=1e-6)
+
+
+def test_area_under_roc_by_counting_pairs() -> None:
+    score, labels = torch.randint(0, 10, (60,)).double(), torch.randint(0, 2, (60,))
+    positive, negative = score[labels == 1], score[labels == 0]
+    wins = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()
+    assert report.area_under_roc(score, labels) == pytest.approx(wins.mean().item(), abs=1e-12)
+    assert math.isnan(report.area_under_roc(score, torch.ones(60)))
+
+
+def test_toml_config_and_shuffled_batches(tmp_path: Path) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('epochs = 5\nbatch_size = 2048\nmodel = "logistic"\nnoise_multiplier = 20.0\nshuffle = true\n')
+    output = tmp_path / "out"
+    done = train_cli("--config", str(config), "--epochs", "1", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((output / "report.json").read_text())
+    assert (summary["epochs"], summary["steps"], summary["model"]) == (1, 16, "logistic")
+    assert summary["sample_rate"] is None and summary["private"] is True
+    assert "no amplification by sampling is claimed" in done.stdout
+    assert summary["accuracy"] > 0.75
+
+
+BAD = {
+    "data='nope': must be one of 'adult'": ["--data", "nope"],
+    "target_epsilon=0.0: must be finite and > 0": ["--target-epsilon", "0"],
+    "target_epsilon=-1.0: must be finite and > 0": ["--target-epsilon=-1"],
+    "max_grad_norm=-1.0: must be finite and >= 0": ["--max-grad-norm=-1"],
+    "batch_size=40000: must be in [1, 32561]": ["--batch-size", "40000"],
+    "batch_size=0": ["--batch-size", "0"],
+    "noise_multiplier=-1.0: must be finite and >= 0": ["--noise-multiplier=-1"],
+    "noise_multiplier=1.0: must be absent": ["--noise-multiplier", "1", "--target-epsilon", "1"],
+    "delta=1.5: must be in (0, 1)": ["--delta", "1.5"],
+    "epochs=0": ["--epochs", "0"],
+    "lr=0.0": ["--lr", "0"],
+    "timeout=-1.0": ["--timeout=-1"],
+    "model='mlp:0': must be mlp:H1,H2": ["--model", "mlp:0"],
+    "model='cnn'": ["--model", "cnn"],
+    "seed=-1": ["--seed=-1"],
+    "output='/dev/null/x': must be a folder that can be written to": ["--output", "/dev/null/x"],
+    "--bogus": ["--bogus", "1"],
+    "--epochs": ["--epochs", "many"],
+    "--all-reduce": ["--all-reduce", "carrier-pigeon"],
+    "missing.toml": ["--config", "missing.toml"],
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_arguments_are_one_line_and_status_2_on_all_ranks(ranks: int, tmp_path: Path) -> None:
+    unused = tmp_path / "unused"
+    cases = [[*case, "--output", str(unused)] if "--output" not in case else case for case in BAD.values()]
+    printed = launch.run("train_errors.py", json.dumps(cases), str(tmp_path), ranks=ranks)
+    results = json.loads(printed)
+    messages = [*BAD, "column", "module.0='BatchNorm1d'"]
+    assert len(results) == len(messages)
+    for (arguments, statuses, stderr), message in zip(results, messages, strict=True):
+        assert statuses == [2] * ranks, arguments
+        assert stderr.startswith("fastdp.train: error: ") and stderr.count("\n") == 1, stderr
+        assert message in stderr, (arguments, stderr)
+    assert "nan" in results[-2][2] and "row 7" in results[-2][2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_2_reaches_the_shell() -> None:
+    for ranks in (0, 2):
+        done = train_cli("--target-epsilon", "0", ranks=ranks)
+        assert done.returncode == 2
+        assert done.stderr == "fastdp.train: error: target_epsilon=0.0: must be finite and > 0\n"
+        assert done.stdout == ""
+
+
+def test_an_output_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    done = train_cli("--output", str(tmp_path), "--epochs", "1")
+    assert done.returncode == 2 and "empty or does not exist" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("failing", ["1", "0", "0,1,2"])
+def test_an_exception_ends_all_ranks_and_is_printed_once(failing: str, tmp_path: Path) -> None:
+    done = launch.start("train_fails.py", failing, str(tmp_path / "out"), ranks=3, timeout=60)
+    assert done.returncode != 0
+    assert done.stdout.count("RuntimeError: this rank has had enough") == 1, done.stdout
+    assert not (tmp_path / "out" / "report.json").exists()
