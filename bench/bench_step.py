@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,35 +31,76 @@ def sgd(module: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
 
 
+def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, criterion, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    criterion(module(x), y).backward()
+    optimizer.step()
+
+
+def records_for(name: str) -> TensorDataset:
+    sizes, batch = MODELS[name]
+    return TensorDataset(torch.randn(40 * batch, sizes[0]), torch.randint(0, sizes[-1], (40 * batch,)))
+
+
+def forever(loader) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        yield from loader
+
+
+def rounds_for(name: str) -> int:
+    return 30 if name == "784-1024-1024-10" else 100
+
+
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("name", MODELS)
 def bench_step_against_torch(pair, name: str, threads: int) -> None:
     sizes, batch = MODELS[name]
     plain, private = mlp(sizes), mlp(sizes)
     plain_optimizer = sgd(plain)
-    records = TensorDataset(torch.randn(40 * batch, sizes[0]), torch.randint(0, sizes[-1], (40 * batch,)))
     private, optimizer, loader = PrivacyEngine().make_private(
         module=private,
         optimizer=sgd(private),
-        data_loader=DataLoader(records, batch_size=batch),
+        data_loader=DataLoader(records_for(name), batch_size=batch),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
     )
-
-    def batches():
-        while True:
-            yield from loader
-
-    stream = batches()
-
-    def step(module: nn.Module, opt: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-        opt.zero_grad()
-        F.cross_entropy(module(x), y).backward()
-        opt.step()
-
+    stream = forever(loader)
     pair(
-        lambda x, y: step(plain, plain_optimizer, x, y),
-        lambda x, y: step(private, optimizer, x, y),
+        lambda x, y: take_step(plain, plain_optimizer, F.cross_entropy, x, y),
+        lambda x, y: take_step(private, optimizer, F.cross_entropy, x, y),
         lambda: next(stream),
-        rounds=30 if batch == 256 and sizes[0] == 784 else 100,
+        rounds=rounds_for(name),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # Opacus's own
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("name", ["64-256-256-2", "784-1024-1024-10"])
+def bench_step_of_opacus_against_torch(pair, name: str, threads: int, mode: str) -> None:
+    opacus = pytest.importorskip("opacus")
+    sizes, batch = MODELS[name]
+    plain, private = mlp(sizes), mlp(sizes)
+    plain_optimizer = sgd(plain)
+    loader = DataLoader(records_for(name), batch_size=batch)
+    criterion = nn.CrossEntropyLoss()
+    made = opacus.PrivacyEngine().make_private(
+        module=private,
+        optimizer=sgd(private),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+        **({"criterion": criterion} if mode == "ghost" else {}),
+    )
+    private, optimizer = made[0], made[1]
+    if mode == "ghost":
+        criterion = made[2]
+    stream = forever(loader)
+    pair(
+        lambda x, y: take_step(plain, plain_optimizer, F.cross_entropy, x, y),
+        lambda x, y: take_step(private, optimizer, criterion, x, y),
+        lambda: next(stream),
+        rounds=rounds_for(name) if mode == "ghost" else 8,
     )

@@ -18,6 +18,12 @@ import torch
 Pair = Callable[..., float]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Results are always kept, under .benchmarks/, for `pytest --benchmark-only --benchmark-compare`."""
+    if config.getoption("benchmark_only", False) and not config.getoption("benchmark_save"):
+        config.option.benchmark_autosave = f"{time.strftime('%Y%m%d_%H%M%S')}"
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     return None if config.getoption("benchmark_only", False) else True
 
@@ -61,5 +67,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if rows:
         terminalreporter.section("against the peer in the same run (medians)")
         for name, info in rows:
-            facts = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in info.items())
-            terminalreporter.write_line(f"{name}: {facts}")
+            terminalreporter.write_line(name)
+            for fact, value in info.items():
+                shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+                terminalreporter.write_line(f"    {fact}: {shown}")
