@@ -94,8 +94,8 @@ class Communicator:
         self._mpi_comm = mpi_comm
         self._algorithms = {"auto": _mpi.algorithms.index("ring")}
         self._algorithms |= {name: code for code, name in enumerate(_mpi.algorithms)}
-        self.algorithm = algorithm
         self._algorithm_code(algorithm)
+        self.algorithm = "ring" if algorithm == "auto" else algorithm
         self._codes = {getattr(torch, name): code for code, name in enumerate(_mpi.dtypes)}
         self._summable = {dtype: self._codes[dtype] for dtype in (getattr(torch, n) for n in _mpi.summable_dtypes)}
         self._native: _mpi.Communicator | None = None

@@ -219,7 +219,7 @@ def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any
         "seconds_per_epoch": seconds / options.epochs,
         "records_per_second": steps * plan.batch_size / seconds,
         "ranks": run.comm.size,
-        "all_reduce": options.all_reduce if run.comm.size > 1 else None,
+        "all_reduce": run.comm.algorithm if run.comm.size > 1 else None,
         "accountant": options.accountant,
         "private": options.seed is None,
         "assumptions": run.engine.assumptions(),
