@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdp import _kernels, ops
+from fastdp import native
 from fastdp.errors import PrivacyError
 from fastdp.layers import Use
 
@@ -44,7 +44,6 @@ class GradientSum:
         self.views: dict[Tensor, Tensor] = {
             s.param: self.flat[s.offset : s.offset + s.numel].view(s.param.shape) for s in spans
         }
-        self._kind = ops.DTYPES[self.dtype]
         self._max_grad_norm = max_grad_norm
         self._scratch: dict[Tensor, Tensor] = {}
 
@@ -81,18 +80,16 @@ class GradientSum:
         sq = torch.zeros(rows, dtype=torch.float64)
         slack: Tensor | None = None
         for p, (a, b) in weights.items():
-            ops.add_linear_sq_norms(a, b, p in paired, sq)
+            native.add_linear_sq_norms(a, b, p in paired, sq)
             if a.dim() == 3:
                 slack = (_lengths(a) * _lengths(b)).sum(1) + (0.0 if slack is None else slack)
         for b in lone.values():
-            sq += ops._sq_norms(b if b.dim() == 2 else b.sum(1))
+            sq += native.sq_norms(b if b.dim() == 2 else b.sum(1))
             if b.dim() == 3:
                 slack = _lengths(b).sum(1) + (0.0 if slack is None else slack)
         if slack is not None:
             sq = (sq.sqrt() + ROUNDING[self.dtype] * slack).square()
-        factors = torch.empty_like(sq)
-        zeros = _kernels.clip_factors(sq.data_ptr(), self._kind, rows, scale, self._max_grad_norm, factors.data_ptr())
-        return factors, zeros
+        return native.clip_factors(sq, self.dtype, scale, self._max_grad_norm)
 
     def _scaled(self, p: Tensor, b: Tensor, factors: Tensor, sums: Tensor | None) -> Tensor:
         """factors * b as a matrix [B T, O], in memory kept from step to step; its column sums into `sums`."""
@@ -103,18 +100,9 @@ class GradientSum:
         if scratch is None or len(scratch) < len(b):
             # A quarter more than asked for: Poisson batches grow past their first size again and again.
             scratch = self._scratch[p] = torch.empty(len(b) * 5 // 4 + 1, b.shape[1], dtype=self.dtype)
-        _kernels.scale_rows(
-            b.data_ptr(),
-            self._kind,
-            b.shape[0],
-            b.shape[1],
-            b.stride(0),
-            factors.data_ptr(),
-            scratch.data_ptr(),
-            0 if sums is None else sums.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return scratch[: len(b)]
+        scaled = scratch[: len(b)]
+        native.scale_rows(b, factors, scaled, sums)
+        return scaled
 
 
 def _lengths(x: Tensor) -> Tensor:

@@ -72,19 +72,21 @@ class LinearHooks:
     def __init__(self, name: str, module: nn.Linear, recorder: Recorder) -> None:
         self.name, self.module, self.recorder = name, module, recorder
         self.managed = [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
+        self._paused: list[nn.Parameter] = []
         self._anchor = torch.zeros((), requires_grad=True)
         module.register_forward_pre_hook(self.before)
         module.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
     def before(self, module: nn.Module, args: Any) -> None:
         if module is self.module:
-            for p in self.managed:
+            self._paused = [p for p in self.managed if p.requires_grad]
+            for p in self._paused:
                 p.requires_grad_(False)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor | None) -> Tensor | None:
         if module is not self.module:
             return None
-        for p in self.managed:
+        for p in self._paused:
             p.requires_grad_(True)
         if output is None or not torch.is_grad_enabled():  # an exception in forward; evaluation
             return None

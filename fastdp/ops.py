@@ -1,4 +1,4 @@
-"""The kernels, on plain tensors: checked, registered with torch.library, dispatched to the native module.
+"""The kernels, on plain tensors: registered with torch.library.
 
 All of them work under `torch.compile(fullgraph=True)`. CPU tensors of float32, bfloat16 or float64; rows must be
 packed (elements of a row adjacent), which is checked, never assumed. None of them is differentiable.
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdp import _kernels
+from fastdp import native
 from fastdp.errors import ArgumentError, require
 
 __all__ = [
@@ -29,14 +29,6 @@ __all__ = [
     "random_key",
     "sq_norms",
 ]
-
-KEY_BYTES = 32
-
-DTYPES = {
-    torch.float32: _kernels.DType.f32,
-    torch.bfloat16: _kernels.DType.bf16,
-    torch.float64: _kernels.DType.f64,
-}
 
 
 def sq_norms(g: Tensor) -> Tensor:
@@ -120,7 +112,7 @@ def poisson_sample(n: int, rate: float, *, key: Tensor | None = None, step: int 
 
 def random_key() -> Tensor:
     """A fresh key from the operating system: uint8[32]. It is the secret that privacy rests on: do not store it."""
-    return torch.frombuffer(bytearray(os.urandom(KEY_BYTES)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(os.urandom(native.KEY_BYTES)), dtype=torch.uint8)
 
 
 def _key_and_step(key: Tensor | None, step: int | Tensor | None) -> tuple[Tensor, Tensor]:
@@ -136,169 +128,45 @@ def _key_and_step(key: Tensor | None, step: int | Tensor | None) -> tuple[Tensor
     return key, step
 
 
-# ---- checks
+# ---- what torch.library calls on CPU tensors
 
 
-# Each message is made only when it is needed: formatting a shape costs more than the check.
-
-
-def _check_device(name: str, x: Tensor) -> None:
-    if not x.is_cpu:
-        raise ArgumentError(f"{name}.device", str(x.device), "cpu: this build has no CUDA kernels")
-
-
-def _check_rows(name: str, x: Tensor, dims: tuple[int, ...] = (2,)) -> None:
-    if x.dim() not in dims:
-        raise ArgumentError(f"{name}.shape", list(x.shape), f"of {' or '.join(map(str, dims))} dimensions")
-    if x.dtype not in DTYPES:
-        raise ArgumentError(f"{name}.dtype", x.dtype, "float32, bfloat16 or float64")
-
-
-def _check_packed(name: str, x: Tensor) -> None:
-    """Rows may lie apart, or on each other (an expanded tensor); the elements of a row must be adjacent."""
-    if x.is_contiguous():
-        return
-    ok = x.shape[-1] <= 1 or x.stride(-1) == 1
-    if x.dim() == 3 and x.shape[0] > 1 and x.shape[1] > 1:
-        ok = ok and x.stride(0) == x.shape[1] * x.stride(1)
-    require(ok, f"{name}.stride()", x.stride(), "packed rows (call .contiguous())")
-
-
-def _check_range(name: str, value: float) -> None:
-    require(0.0 <= value < float("inf"), name, value, "finite and >= 0")
-
-
-def _check_key_step(key: Tensor, step: Tensor) -> int:
-    require(
-        key.dtype == torch.uint8 and key.shape == (KEY_BYTES,) and key.is_contiguous() and key.device.type == "cpu",
-        "key",
-        f"{key.dtype}{list(key.shape)} on {key.device}",
-        "a contiguous uint8[32] tensor on cpu",
-    )
-    require(step.dtype == torch.int64 and step.numel() == 1, "step", step.dtype, "an int or one int64")
-    value = int(step.item())
-    require(value >= 0, "step", value, ">= 0")
-    return value
-
-
-def _row_stride(x: Tensor) -> int:
-    """Elements from one row of the last dimension to the next."""
-    if x.dim() == 3 and x.shape[1] == 1:
-        return x.stride(0)
-    return x.stride(-2)
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums over records of `dtype` come in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# ---- kernels for the CPU, as torch.library calls them
-
-
-def _sq_norms(g: Tensor) -> Tensor:
-    _check_rows("g", g)
-    _check_packed("g", g)
-    out = torch.empty(g.shape[0], dtype=torch.float64)
-    _kernels.sq_norms(
-        g.data_ptr(), DTYPES[g.dtype], g.shape[0], g.shape[1], g.stride(0), out.data_ptr(), torch.get_num_threads()
-    )
+def _clip_sum(g: Tensor, max_norm: float) -> Tensor:
+    native.check_rows("g", g)
+    out = torch.empty(g.shape[1], dtype=native.sum_dtype(g.dtype))
+    native.clip_sum(g, max_norm, out)
     return out
 
 
 def _clip_sum_out(g: Tensor, max_norm: float, *, out: Tensor) -> None:
-    _check_rows("g", g)
-    _check_packed("g", g)
-    _check_range("max_norm", max_norm)
-    want = sum_dtype(g.dtype)
-    require(
-        out.dtype == want and out.shape == g.shape[1:] and out.is_contiguous() and out.device.type == "cpu",
-        "out",
-        f"{out.dtype}{list(out.shape)}",
-        f"contiguous {want}{list(g.shape[1:])} on cpu",
-    )
-    _kernels.clip_sum(
-        g.data_ptr(),
-        DTYPES[g.dtype],
-        g.shape[0],
-        g.shape[1],
-        g.stride(0),
-        max_norm,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
-def _clip_sum(g: Tensor, max_norm: float) -> Tensor:
-    _check_rows("g", g)
-    out = torch.empty(g.shape[1], dtype=sum_dtype(g.dtype))
-    _clip_sum_out(g, max_norm, out=out)
-    return out
+    native.clip_sum(g, max_norm, out)
 
 
 def _clip_noise(g: Tensor, max_norm: float, noise_multiplier: float, key: Tensor, step: Tensor) -> Tensor:
-    _check_range("noise_multiplier", noise_multiplier)
-    _check_key_step(key, step)
+    native.check_range("noise_multiplier", noise_multiplier)
     out = _clip_sum(g, max_norm)
-    _gaussian_noise_(out, noise_multiplier * max_norm, key, step, 0)
+    native.add_noise(out, noise_multiplier * max_norm, key, _value(step), 0)
     return out
 
 
 def _linear_sq_norms(a: Tensor, b: Tensor, bias: bool) -> Tensor:
+    native.check_rows("a", a, (2, 3))
     out = torch.zeros(a.shape[0], dtype=torch.float64)
-    add_linear_sq_norms(a, b, bias, out)
+    native.add_linear_sq_norms(a, b, bias, out)
     return out
 
 
-def add_linear_sq_norms(a: Tensor, b: Tensor, bias: bool, out: Tensor) -> None:
-    """out [B] += linear_sq_norms(a, b, bias)."""
-    for name, x in (("a", a), ("b", b)):
-        _check_rows(name, x, (2, 3))
-        _check_packed(name, x)
-        _check_device(name, x)
-    if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype:
-        raise ArgumentError("b", f"{b.dtype}{list(b.shape)}", f"{a.dtype}{[*a.shape[:-1], 'O']}, as a")
-    positions = a.shape[1] if a.dim() == 3 else 1
-    if positions == 0:
-        return
-    _kernels.linear_sq_norms(
-        a.data_ptr(),
-        b.data_ptr(),
-        DTYPES[a.dtype],
-        a.shape[0],
-        positions,
-        a.shape[-1],
-        b.shape[-1],
-        _row_stride(a),
-        _row_stride(b),
-        bias,
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
 def _gaussian_noise_(x: Tensor, std: float, key: Tensor, step: Tensor, offset: int) -> None:
-    require(x.dtype in DTYPES, "x.dtype", x.dtype, "float32, bfloat16 or float64")
-    require(x.is_contiguous(), "x.stride()", x.stride(), "contiguous")
-    _check_range("std", std)
-    require(offset >= 0, "offset", offset, ">= 0")
-    _kernels.gaussian_noise(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        x.numel(),
-        std,
-        key.data_ptr(),
-        _check_key_step(key, step),
-        offset,
-        torch.get_num_threads(),
-    )
+    native.add_noise(x, std, key, _value(step), offset)
 
 
 def _poisson_sample(n: int, rate: float, key: Tensor, step: Tensor) -> Tensor:
-    require(n >= 0, "n", n, ">= 0")
-    require(0.0 <= rate <= 1.0, "rate", rate, "in [0, 1]")
-    value = _check_key_step(key, step)
-    return torch.from_numpy(_kernels.poisson_sample(n, rate, key.data_ptr(), value))
+    return native.poisson_sample(n, rate, key, _value(step))
+
+
+def _value(step: Tensor) -> int:
+    require(step.dtype == torch.int64 and step.numel() == 1, "step", step.dtype, "an int or one int64")
+    return int(step.item())
 
 
 # ---- registration
@@ -309,7 +177,7 @@ _library = torch.library.Library("fastdp", "DEF")
 def _refuse_cuda(*args: object, **kwargs: object) -> None:
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
-            _check_device("tensor", x)
+            native.check_device("tensor", x)
 
 
 def _register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -324,11 +192,11 @@ def _fake_poisson(n: int, rate: float, key: Tensor, step: Tensor) -> Tensor:
     return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-_register("sq_norms(Tensor g) -> Tensor", _sq_norms, lambda g: g.new_empty(g.shape[0], dtype=torch.float64))
+_register("sq_norms(Tensor g) -> Tensor", native.sq_norms, lambda g: g.new_empty(g.shape[0], dtype=torch.float64))
 _register(
     "clip_sum(Tensor g, float max_norm) -> Tensor",
     _clip_sum,
-    lambda g, max_norm: g.new_empty(g.shape[1], dtype=sum_dtype(g.dtype)),
+    lambda g, max_norm: g.new_empty(g.shape[1], dtype=native.sum_dtype(g.dtype)),
 )
 _register(
     "clip_sum.out(Tensor g, float max_norm, *, Tensor(a!) out) -> ()",
@@ -338,7 +206,7 @@ _register(
 _register(
     "clip_noise(Tensor g, float max_norm, float noise_multiplier, Tensor key, Tensor step) -> Tensor",
     _clip_noise,
-    lambda g, max_norm, noise_multiplier, key, step: g.new_empty(g.shape[1], dtype=sum_dtype(g.dtype)),
+    lambda g, max_norm, noise_multiplier, key, step: g.new_empty(g.shape[1], dtype=native.sum_dtype(g.dtype)),
 )
 _register(
     "linear_sq_norms(Tensor a, Tensor b, bool bias) -> Tensor",

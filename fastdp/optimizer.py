@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from fastdp import _kernels, ops
+from fastdp import _kernels, native
 from fastdp.accounting import Ledger
 from fastdp.clipping import GradientSum
 from fastdp.comm import Communicator
@@ -113,16 +113,34 @@ class PrivateOptimizer(Optimizer):
             )
         if self.plan.steps is not None and self.steps >= self.plan.steps:
             raise PrivacyError(f"step {self.steps + 1}: the noise was calibrated for {self.plan.steps} steps")
-        for s in self.gradient.spans:
-            if s.param.grad is not None:
-                raise PrivacyError(
-                    f"{s.name}: autograd delivered a gradient that did not come from its nn.Linear; "
-                    "it cannot be clipped per record"
-                )
+        self._check_parameters()
         if self._recorder.uses and self._loader.rows >= 2 and not self._probe.loss_checked:
             raise PrivacyError(
                 "loss: it was not probed for coupled records; call the module given to make_private, "
                 "and backward() on a loss made of its outputs"
+            )
+
+    def _check_parameters(self) -> None:
+        """What the user can change between make_private and a step, and must not."""
+        flat = self.gradient.flat
+        for group in self.param_groups:
+            for p in group["params"]:
+                s = self._spans.get(p)
+                if p.grad is not None:
+                    name = "a parameter that was frozen at make_private" if s is None else s.name
+                    raise PrivacyError(
+                        f"{name}: autograd delivered a gradient that did not come from its nn.Linear; "
+                        "it cannot be clipped per record"
+                    )
+                if p.requires_grad != (s is not None):
+                    name = "a parameter that was frozen at make_private" if s is None else s.name
+                    raise PrivacyError(f"{name}: requires_grad was changed after make_private")
+                if s is not None and (p.dtype != flat.dtype or not p.is_cpu or not p.is_contiguous()):
+                    raise PrivacyError(f"{s.name}: its dtype, device or layout was changed after make_private")
+        if flat.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            raise PrivacyError(
+                f"torch.get_float32_matmul_precision()={torch.get_float32_matmul_precision()!r}: must be 'highest': "
+                "coarser products round beyond what clipping leaves room for"
             )
 
     def _noise_sgd(self, step: int) -> None:
@@ -141,6 +159,12 @@ class PrivateOptimizer(Optimizer):
                     if buffer is None:
                         buffer = torch.zeros_like(p, memory_format=torch.contiguous_format)
                         self.state[p]["momentum_buffer"] = buffer
+                    elif buffer.dtype != p.dtype or buffer.shape != p.shape or not buffer.is_contiguous():
+                        raise ArgumentError(
+                            f"momentum_buffer of {s.name}",
+                            f"{buffer.dtype}{list(buffer.shape)}",
+                            f"contiguous {p.dtype}{list(p.shape)}",
+                        )
                     address = buffer.data_ptr()
                 lists[first].append((p.data_ptr(), address, s.numel, s.offset))
             for first, parameters in lists.items():
@@ -162,25 +186,12 @@ class PrivateOptimizer(Optimizer):
             maximize=group["maximize"],
             first=first,
         )
-        flat, key = self.gradient.flat, self._key
-        dtype = ops.DTYPES[flat.dtype]
-        threads = torch.get_num_threads()
-        _kernels.noise_sgd(parameters, flat.data_ptr(), dtype, key.data_ptr(), step, h, threads)
+        native.noise_sgd(parameters, self.gradient.flat, self._key, step, h)
 
     def _noise_then_inner(self, step: int) -> None:
-        threads = torch.get_num_threads()
         for s in self.gradient.spans:
             g = self.gradient.views[s.param]
-            _kernels.gaussian_noise(
-                g.data_ptr(),
-                ops.DTYPES[self.gradient.dtype],
-                s.numel,
-                self.plan.noise_std,
-                self._key.data_ptr(),
-                step,
-                s.offset,
-                threads,
-            )
+            native.add_noise(g, self.plan.noise_std, self._key, step, s.offset)
             g /= self.plan.batch_size
             s.param.grad = g.clone()  # not a view: whoever saved it would save the whole buffer
         try:

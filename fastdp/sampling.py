@@ -6,6 +6,7 @@ communicated, and the batches are the same for any number of ranks (P2).
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,7 +24,7 @@ from torch.utils.data import (
 )
 
 from fastdp import ops
-from fastdp.errors import ArgumentError, require
+from fastdp.errors import ArgumentError, PrivacyError, require
 from fastdp.plan import Plan
 
 
@@ -53,10 +54,10 @@ class BatchSampler:
         return ids[len(ids) * self.rank // self.size : len(ids) * (self.rank + 1) // self.size]
 
     def _shuffled(self, epoch: int) -> Tensor:
-        # Sorting by noise of the sampling key is a uniform permutation; a step index of 2^62 and more is no step's.
-        draws = torch.zeros(self.records, dtype=torch.float64)
-        ops.gaussian_noise_(draws, 1.0, key=self._key, step=2**62 + epoch)
-        return draws.argsort(stable=True)
+        # Not a domain of the generator: nothing private rests on the order, and the key cannot be got back from it.
+        digest = hashlib.blake2b(b"%d" % epoch, digest_size=8, key=bytes(self._key.tolist()), person=b"fastdp shuffle")
+        generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
+        return torch.randperm(self.records, generator=generator)
 
 
 class PrivateLoader:
@@ -84,7 +85,9 @@ class PrivateLoader:
         epoch, self.epochs = self.epochs, self.epochs + 1
         first = self.drawn
         ids = (self.sampler.local_batch(first + i, epoch, i) for i in range(len(self)))
-        for rows, batch in self._fetch(ids):
+        for step, (rows, batch) in enumerate(self._fetch(ids), first):
+            if step != self.drawn:
+                raise PrivacyError("data_loader: two iterations at once would use the same random batches twice")
             self.drawn += 1
             self.rows = rows
             yield self.on_batch(batch, rows)

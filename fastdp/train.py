@@ -12,10 +12,8 @@ import itertools
 import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import cyclopts
 import torch
@@ -28,10 +26,9 @@ import fastdp
 from fastdp import data, report
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, require
+from fastdp.job import end_all_ranks, together, usage_error
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.sampling import PrivateLoader
-
-USAGE_ERROR = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,66 +249,18 @@ def run_from_options(*, options: Annotated[Options, Parameter(name="*")] = Optio
     return 0
 
 
-T = TypeVar("T")
-
-
-def together(comm: Communicator, make: Callable[[], T]) -> T:
-    """make() on every rank. If it raises ArgumentError on any, all leave with exit status 2 and it is printed once."""
-    made: list[T] = []
-    problem = None
-    try:
-        made.append(make())
-    except ArgumentError as error:
-        problem = str(error)
-    problems = dict.fromkeys(p for p in comm.allgather_object(problem) if p is not None)
-    if problems:
-        if comm.rank == 0:
-            for line in problems:
-                complain(line)
-        sys.exit(USAGE_ERROR)
-    return made[0]
-
-
-def end_all_ranks(comm: Communicator) -> None:
-    """Print the exception once and end the job; returns only where this is the only rank."""
-    if comm.size == 1:
-        return
-    if comm.rank != 0:
-        time.sleep(1.0)  # where all ranks fail alike, rank 0 speaks; the others are ended before they wake
-    print(f"rank {comm.rank} of {comm.size}:", file=sys.stderr)
-    traceback.print_exc()
-    comm.abort(1)
-
-
-def complain(line: str) -> None:
-    print(f"fastdp.train: error: {line}", file=sys.stderr)
-
-
-def usage_error(error: Exception) -> int:
-    """For errors before MPI is there to agree on them: rank 0, by the launcher's word, prints them."""
-    ranks = (os.environ.get(v) for v in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
-    if next((r for r in ranks if r is not None), "0") == "0":
-        complain(" ".join(str(error).split()))
-    return USAGE_ERROR
-
-
-def config_files(arguments: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """The file after --config, and the other arguments."""
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            yield arguments[i + 1], arguments[:i] + arguments[i + 2 :]
-        elif argument.startswith("--config="):
-            yield argument.partition("=")[2], arguments[:i] + arguments[i + 1 :]
+@app.meta.default
+def read_config(
+    *arguments: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], config: Path | None = None
+) -> Any:
+    """Options from `config`, a TOML file, too; the command line wins."""
+    app.config = () if config is None else (cyclopts.config.Toml(config, must_exist=True),)
+    return app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        for file, rest in config_files(arguments):
-            app.config = (cyclopts.config.Toml(file, must_exist=True),)
-            arguments = rest
-            break
-        result = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        result = app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         return result if isinstance(result, int) else 0
     except (cyclopts.CycloptsError, CommError, FileNotFoundError) as error:
         return usage_error(error)

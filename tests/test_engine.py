@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable
 
 import pytest
@@ -457,6 +458,52 @@ def test_an_engine_accounts_for_one_run(loop) -> None:
             noise_multiplier=1.0,
             max_grad_norm=1.0,
         )
+
+
+CHANGES = {
+    "requires_grad was changed": lambda m: m[0].weight.requires_grad_(False),
+    "dtype, device or layout was changed": lambda m: m.double(),
+    "0.weight: its dtype, device or layout": lambda m: setattr(m[0].weight, "data", m[0].weight.data.t().contiguous().t()),
+    "get_float32_matmul_precision": lambda m: torch.set_float32_matmul_precision("medium"),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_changes_after_make_private_are_refused(message: str, loop) -> None:
+    _, module, optimizer, loader = loop
+    try:
+        CHANGES[message](module)
+        x, y = next(iter(loader))
+        F.cross_entropy(module(x.to(module[0].weight.dtype)), y).backward()
+        with pytest.raises(PrivacyError, match=re.escape(message)):
+            optimizer.step()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_parameter_unfrozen_later_gets_no_raw_gradient(optimizer: type[torch.optim.Optimizer]) -> None:
+    module = MODELS["mlp"]()
+    module[0].requires_grad_(False)
+    _, module, private_optimizer, loader = private(module, optimizer(module.parameters(), lr=0.1), data())
+    module[0].requires_grad_(True)
+    before = module[0].weight.detach().clone()
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    with pytest.raises(PrivacyError, match="frozen at make_private"):
+        private_optimizer.step()
+    assert torch.equal(module[0].weight, before)
+
+
+def test_the_original_optimizer_steps_nothing() -> None:
+    module = MODELS["mlp"]()
+    original = torch.optim.SGD(module.parameters(), lr=0.1)
+    _, module, _, loader = private(module, original, data())
+    before = copy.deepcopy(module.state_dict())
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    original.step()
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
 
 # ---- P6

@@ -77,7 +77,7 @@ def test_strided_rows_are_read_in_place_and_others_refused() -> None:
         (lambda g, k: ops.clip_noise(g, 1.0, -0.5, key=k, step=0), "noise_multiplier=-0.5"),
         (lambda g, k: ops.clip_noise(g, 1.0, 1.0, key=k[:31], step=0), "key="),
         (lambda g, k: ops.clip_noise(g, 1.0, 1.0, key=k), "step=None"),
-        (lambda g, k: ops.clip_noise(g, 1.0, 1.0, key=k, step=-1), "step=-1: must be >= 0"),
+        (lambda g, k: ops.clip_noise(g, 1.0, 1.0, key=k, step=-1), "step=-1: must be in [0, 2^63)"),
         (lambda g, k: ops.gaussian_noise_(g.t(), 1.0, key=k, step=0), "contiguous"),
         (lambda g, k: ops.gaussian_noise_(g, 1.0, key=k, step=0, offset=-1), "offset=-1"),
         (lambda g, k: ops.poisson_sample(10, 1.5, key=k, step=0), "rate=1.5"),

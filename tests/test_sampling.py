@@ -18,7 +18,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from fastdp import ArgumentError, ops, reference
+from fastdp import ArgumentError, PrivacyError, ops, reference
 from fastdp.plan import Plan
 from fastdp.sampling import BatchSampler, PrivateLoader, check_loader
 
@@ -130,6 +130,16 @@ def test_empty_batches_come_as_one_record_of_zeros(key: torch.Tensor) -> None:
             empty += 1
             assert got_x.tolist() == [[0.0] * 3] and got_y.tolist() == [0]
     assert empty > 900
+
+
+def test_two_iterations_at_once_are_refused(key: torch.Tensor) -> None:
+    loader = PrivateLoader(DataLoader(Words(), batch_size=5), BatchSampler(plan(50, 5), 50, key))
+    first, second = iter(loader), iter(loader)
+    next(first)
+    next(first)
+    with pytest.raises(PrivacyError, match="two iterations at once"):
+        next(second)
+        next(first)
 
 
 class Stream(IterableDataset):

@@ -1,0 +1,185 @@
+"""The native kernels on tensors: every argument is checked here, then passed on as address, lengths and strides.
+
+What the engine calls. `fastdp.ops` wraps these for everybody else, and says what they compute.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdp import _kernels
+from fastdp.errors import ArgumentError, require
+
+KEY_BYTES = 32
+
+# A stream has 2^48 blocks of ChaCha20: ten normals each, or 4 records each at the sampler's 1024 blocks per 4096.
+MAX_OFFSET = 10 * 2**48
+MAX_RECORDS = 4 * 2**48
+
+DTYPES = {
+    torch.float32: _kernels.DType.f32,
+    torch.bfloat16: _kernels.DType.bf16,
+    torch.float64: _kernels.DType.f64,
+}
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums over records of `dtype` come in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sq_norms(g: Tensor) -> Tensor:
+    """[B, D] -> float64 [B]."""
+    check_rows("g", g)
+    check_packed("g", g)
+    out = torch.empty(g.shape[0], dtype=torch.float64)
+    _kernels.sq_norms(
+        g.data_ptr(), DTYPES[g.dtype], g.shape[0], g.shape[1], g.stride(0), out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def add_linear_sq_norms(a: Tensor, b: Tensor, bias: bool, out: Tensor) -> None:
+    """out float64 [B] += squared per-sample gradient norms of a linear layer; a [B, (T,) I], b [B, (T,) O]."""
+    for name, x in (("a", a), ("b", b)):
+        check_rows(name, x, (2, 3))
+        check_packed(name, x)
+    if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype:
+        raise ArgumentError("b", f"{b.dtype}{list(b.shape)}", f"{a.dtype}{[*a.shape[:-1], 'O']}, as a")
+    positions = a.shape[1] if a.dim() == 3 else 1
+    if positions == 0:
+        return
+    _kernels.linear_sq_norms(
+        a.data_ptr(),
+        b.data_ptr(),
+        DTYPES[a.dtype],
+        a.shape[0],
+        positions,
+        a.shape[-1],
+        b.shape[-1],
+        _row_stride(a),
+        _row_stride(b),
+        bias,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def clip_factors(sq_norms: Tensor, dtype: torch.dtype, scale: float, max_norm: float) -> tuple[Tensor, int]:
+    """scale * min(1, max_norm / (scale * norm)) of each record -> float64 [B], and how many of them are 0.
+
+    sq_norms: float64 [B]; dtype: of the gradients, whose rounding the factors leave room for. 0 if not finite.
+    """
+    factors = torch.empty_like(sq_norms)
+    zeros = _kernels.clip_factors(sq_norms.data_ptr(), DTYPES[dtype], len(factors), scale, max_norm, factors.data_ptr())
+    return factors, zeros
+
+
+def clip_sum(g: Tensor, max_norm: float, out: Tensor) -> None:
+    """out [D] = sum of the rows of g [B, D], each scaled down to norm <= max_norm."""
+    check_rows("g", g)
+    check_packed("g", g)
+    check_range("max_norm", max_norm)
+    want = sum_dtype(g.dtype)
+    if out.dtype != want or out.shape != g.shape[1:] or not out.is_contiguous() or not out.is_cpu:
+        raise ArgumentError("out", f"{out.dtype}{list(out.shape)}", f"contiguous {want}{list(g.shape[1:])} on cpu")
+    _kernels.clip_sum(
+        g.data_ptr(),
+        DTYPES[g.dtype],
+        g.shape[0],
+        g.shape[1],
+        g.stride(0),
+        max_norm,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def scale_rows(x: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None) -> None:
+    """out [B, n] = factors [B] * x [B, n], rows of factor 0 unread; column sums of out into `sums` [n]."""
+    _kernels.scale_rows(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        factors.data_ptr(),
+        out.data_ptr(),
+        0 if sums is None else sums.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int) -> None:
+    """x [...] += std * N(offset + i)."""
+    require(x.dtype in DTYPES, "x.dtype", x.dtype, "float32, bfloat16 or float64")
+    require(x.is_contiguous(), "x.stride()", x.stride(), "contiguous")
+    check_device("x", x)
+    check_range("std", std)
+    check_key(key, step)
+    require(0 <= offset <= MAX_OFFSET - x.numel(), "offset", offset, f"in [0, {MAX_OFFSET} - x.numel()]")
+    threads = torch.get_num_threads()
+    _kernels.gaussian_noise(x.data_ptr(), DTYPES[x.dtype], x.numel(), std, key.data_ptr(), step, offset, threads)
+
+
+def noise_sgd(
+    parameters: list[tuple[int, int, int, int]], flat: Tensor, key: Tensor, step: int, h: _kernels.SgdStep
+) -> None:
+    """One SGD step of each parameter on the noised sum in `flat`.
+
+    parameters: (address, momentum buffer's address or 0, length, offset in `flat`) of each, of flat's dtype.
+    """
+    threads = torch.get_num_threads()
+    _kernels.noise_sgd(parameters, flat.data_ptr(), DTYPES[flat.dtype], key.data_ptr(), step, h, threads)
+
+
+def poisson_sample(n: int, rate: float, key: Tensor, step: int) -> Tensor:
+    """Ids of 0..n-1, each with probability `rate` -> int64, ascending."""
+    require(0 <= n <= MAX_RECORDS, "n", n, f"in [0, {MAX_RECORDS}]")
+    require(0.0 <= rate <= 1.0, "rate", rate, "in [0, 1]")
+    check_key(key, step)
+    return torch.from_numpy(_kernels.poisson_sample(n, rate, key.data_ptr(), step))
+
+
+# ---- checks; a message is made only when it is needed, since formatting a shape costs more than the check
+
+
+def check_device(name: str, x: Tensor) -> None:
+    if not x.is_cpu:
+        raise ArgumentError(f"{name}.device", str(x.device), "cpu: this build has no CUDA kernels")
+
+
+def check_rows(name: str, x: Tensor, dims: tuple[int, ...] = (2,)) -> None:
+    check_device(name, x)
+    if x.dim() not in dims:
+        raise ArgumentError(f"{name}.shape", list(x.shape), f"of {' or '.join(map(str, dims))} dimensions")
+    if x.dtype not in DTYPES:
+        raise ArgumentError(f"{name}.dtype", x.dtype, "float32, bfloat16 or float64")
+
+
+def check_packed(name: str, x: Tensor) -> None:
+    """Rows may lie apart, or on each other (an expanded tensor); the elements of a row must be adjacent."""
+    if x.is_contiguous():
+        return
+    ok = x.shape[-1] <= 1 or x.stride(-1) == 1
+    if x.dim() == 3 and x.shape[0] > 1 and x.shape[1] > 1:
+        ok = ok and x.stride(0) == x.shape[1] * x.stride(1)
+    if not ok:
+        raise ArgumentError(f"{name}.stride()", x.stride(), "packed rows (call .contiguous())")
+
+
+def check_range(name: str, value: float) -> None:
+    require(0.0 <= value < float("inf"), name, value, "finite and >= 0")
+
+
+def check_key(key: Tensor, step: int) -> None:
+    if key.dtype != torch.uint8 or key.shape != (KEY_BYTES,) or not key.is_contiguous() or not key.is_cpu:
+        found = f"{key.dtype}{list(key.shape)} on {key.device}"
+        raise ArgumentError("key", found, "a contiguous uint8[32] tensor on cpu")
+    require(0 <= step < 2**63, "step", step, "in [0, 2^63)")
+
+
+def _row_stride(x: Tensor) -> int:
+    """Elements from one row of the last dimension to the next."""
+    return x.stride(0) if x.dim() == 3 and x.shape[1] == 1 else x.stride(-2)
