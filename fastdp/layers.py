@@ -71,8 +71,8 @@ class LinearHooks:
 
     def __init__(self, name: str, module: nn.Linear, recorder: Recorder) -> None:
         self.name, self.module, self.recorder = name, module, recorder
-        self.managed = [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
-        self._paused: list[nn.Parameter] = []
+        self.managed: list[Tensor] = [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
+        self._paused: list[Tensor] = []
         self._anchor = torch.zeros((), requires_grad=True)
         module.register_forward_pre_hook(self.before)
         module.register_forward_hook(self.after, with_kwargs=True, always_call=True)

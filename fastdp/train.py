@@ -228,7 +228,9 @@ def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any
     }
 
 
-app = cyclopts.App(name="fastdp.train", help=__doc__, help_format="plaintext", version=fastdp.__version__)
+HELP = "Train a differentially private model on a table, alone or under mpirun."
+
+app = cyclopts.App(name="fastdp.train", help=HELP, version=fastdp.__version__)
 
 
 @app.default
@@ -251,9 +253,11 @@ def run_from_options(*, options: Annotated[Options, Parameter(name="*")] = Optio
 
 @app.meta.default
 def read_config(
-    *arguments: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)], config: Path | None = None
+    *arguments: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Annotated[
+        Path | None, Parameter(help="TOML file of options, `batch_size = 1024`; the command line wins.")
+    ] = None,
 ) -> Any:
-    """Options from `config`, a TOML file, too; the command line wins."""
     app.config = () if config is None else (cyclopts.config.Toml(config, must_exist=True),)
     return app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
 

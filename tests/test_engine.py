@@ -463,7 +463,9 @@ def test_an_engine_accounts_for_one_run(loop) -> None:
 CHANGES = {
     "requires_grad was changed": lambda m: m[0].weight.requires_grad_(False),
     "dtype, device or layout was changed": lambda m: m.double(),
-    "0.weight: its dtype, device or layout": lambda m: setattr(m[0].weight, "data", m[0].weight.data.t().contiguous().t()),
+    "0.weight: its dtype, device or layout": lambda m: setattr(
+        m[0].weight, "data", m[0].weight.data.t().contiguous().t()
+    ),
     "get_float32_matmul_precision": lambda m: torch.set_float32_matmul_precision("medium"),
 }
 
