@@ -17,7 +17,7 @@ import pickle
 import platform
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -162,11 +162,12 @@ class Communicator:
         """What each rank passed, in order of rank, on every rank."""
         return [self.bcast_object(obj, root) for root in range(self.size)]
 
-    def abort(self, code: int = 1) -> None:
+    def abort(self, code: int = 1) -> NoReturn:
         """End all ranks at once with exit status `code`; does not return."""
         sys.stdout.flush()
         sys.stderr.flush()
         self._mpi_comm.Abort(code)
+        os._exit(code)  # MPICH's Abort may return while the launcher is still at work, and the caller would go on
 
     def _in_place(self, collective: Callable[..., None], x: torch.Tensor, *codes: int) -> None:
         self._keeping(x, collective, x.data_ptr(), x.numel(), *codes)

@@ -39,7 +39,7 @@ def end_all_ranks(comm: Communicator) -> None:
     if comm.size == 1:
         return
     if comm.rank != 0:
-        time.sleep(1.0)  # where all ranks fail alike, rank 0 speaks; the others are ended before they wake
+        time.sleep(3.0)  # where all ranks fail alike, rank 0 speaks; the others are ended before they wake
     print(f"rank {comm.rank} of {comm.size}:", file=sys.stderr)
     traceback.print_exc()
     comm.abort(1)
