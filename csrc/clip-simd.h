@@ -10,6 +10,17 @@ inline double tree_sum(double (&s)[kSums]) {
   return s[0];
 }
 
+// The least positive number with all its digits, and the greatest finite one, as the compiler knows them: std's are
+// inline functions, which would be shared between instruction sets.
+template <class F>
+constexpr F smallest() {
+  return sizeof(F) == 4 ? static_cast<F>(__FLT_MIN__) : static_cast<F>(__DBL_MIN__);
+}
+template <class F>
+constexpr F greatest() {
+  return sizeof(F) == 4 ? static_cast<F>(__FLT_MAX__) : static_cast<F>(__DBL_MAX__);
+}
+
 template <class T>
 double dot(const T* __restrict__ x, const T* __restrict__ y, int64_t n) {
   double s[kSums] = {};
@@ -49,6 +60,15 @@ void accumulate_rows(Rows<T> rows, const double* factors, typename SumOf<T>::typ
     int held = 0;
     for (int64_t i = 0; i < rows.rows; ++i) {
       if (factors[i] == 0.0) continue;  // by selection: 0 * NaN would be NaN
+      if (factors[i] < double{smallest<F>()}) {
+        // A subnormal factor has too few digits to keep the norm: products in double, and those too small become 0.
+        const T* __restrict__ tiny = rows.row(i) + from;
+        for (int64_t j = 0; j < count; ++j) {
+          const double v = factors[i] * double{load(tiny[j])};
+          to[j] += (v < 0.0 ? -v : v) < double{smallest<F>()} ? F{0} : static_cast<F>(v);
+        }
+        continue;
+      }
       row[held] = rows.row(i) + from;
       f[held] = static_cast<F>(factors[i]);
       if (++held < kGroup) continue;
@@ -73,10 +93,21 @@ void scale_rows(Rows<T> rows, const double* factors, T* __restrict__ out, typena
       for (int64_t j = 0; j < n; ++j) store(out[j], F{0});
       continue;
     }
-    // In double, since a factor such as 1e-60 (two layers of 1e30 each) is no float though the product is.
+    // In double, since a factor such as 1e-60 (two layers of 1e30 each) is no float though the product is. Products
+    // that are subnormal in F would be rounded up by more than the factor leaves room for: they become 0.
     const double f = factors[i];
     const T* __restrict__ row = rows.row(i);
-    for (int64_t j = 0; j < n; ++j) store(out[j], static_cast<F>(f * double{load(row[j])}));
+    double largest = 0.0;
+    for (int64_t j = 0; j < n; ++j) {
+      const double v = f * double{load(row[j])};
+      const double size = v < 0.0 ? -v : v;
+      largest = size > largest ? size : largest;
+      store(out[j], size < double{smallest<F>()} ? F{0} : static_cast<F>(v));
+    }
+    if (largest > double{greatest<F>()}) {  // the record is dropped: its products do not fit
+      for (int64_t j = 0; j < n; ++j) store(out[j], F{0});
+      continue;
+    }
     if (sums != nullptr)
       for (int64_t j = 0; j < n; ++j) sums[j] += load(out[j]);
   }

@@ -65,16 +65,16 @@ void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double*
 template <class T>
 int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double max_norm, double* factors) {
   // The factor and its product with an element are rounded once each, a matrix product rounds once more: 4 epsilon
-  // covers them. 1e-9 (1e-15 for double) covers the sum of squares.
+  // covers them and the error of the sum of squares.
   using F = typename SumOf<T>::type;
   const double epsilon = std::numeric_limits<F>::epsilon();
   int64_t zeros = 0;
   for (int64_t i = 0; i < batch; ++i) {
-    const double norm = scale * std::sqrt(sq_norms[i]) * (1.0 + 1e-2 * epsilon);
+    const double norm = scale * std::sqrt(sq_norms[i]);
     if (!std::isfinite(norm))
       factors[i] = 0.0;
     else
-      factors[i] = scale * (norm <= max_norm ? 1.0 : max_norm / norm * (1.0 - 4.0 * epsilon));
+      factors[i] = scale * (norm * (1.0 + 4.0 * epsilon) <= max_norm ? 1.0 : max_norm / norm * (1.0 - 4.0 * epsilon));
     zeros += factors[i] == 0.0;
   }
   return zeros;

@@ -202,7 +202,7 @@ def tail_delta(noise_multiplier: float, steps: int, dimension: int) -> float:
         x = R√t, and I2(x)/I1(x) >= x / (2 + sqrt(4 + x²)) (Amos 1974). Since G(0) = 0, the pairs' G(|Δ_i|²) sum to
         at most G(s²) <= exp(-(R-s)²/2), for |z+Δ| > R needs |z| > R - s. So the shift is paid once a step, not once a
         dimension.
-    (c) Union over steps, with pairs <= (dimension + 1)/2: (a), the p of (b) and the odd pair fit in dimension 2^-64.
+    (c) Union over steps, with pairs <= dimension: (a) and the p of (b), 2^-65 a pair each, fit in dimension 2^-64.
     The grid of 2^64 radii, 2^32 angles and float32 is rounding, which no accountant here covers.
     """
     require(noise_multiplier >= 0, "noise_multiplier", noise_multiplier, ">= 0")

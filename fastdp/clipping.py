@@ -28,10 +28,11 @@ class Span:
     name: str
     param: nn.Parameter
     offset: int
+    shape: torch.Size  # at make_private
 
     @property
     def numel(self) -> int:
-        return self.param.numel()
+        return self.shape.numel()
 
 
 class GradientSum:
@@ -53,7 +54,7 @@ class GradientSum:
         rows: records in the batch as the model saw it; real_rows: 0 if it was the stand-in of an empty batch.
         scale: what the loss divided each record's gradient by (the row count for a mean).
         """
-        weights, paired, lone = _group(uses, self.views, rows)
+        weights, paired, lone = _group(uses, self.views, rows, self.dtype)
         factors, zeros = self._factors(weights, paired, lone, rows, scale)
         if real_rows == 0:
             factors.zero_()
@@ -111,7 +112,7 @@ def _lengths(x: Tensor) -> Tensor:
 
 
 def _group(
-    uses: list[Use], managed: Container[Tensor], rows: int
+    uses: list[Use], managed: Container[Tensor], rows: int, dtype: torch.dtype
 ) -> tuple[dict[Tensor, tuple[Tensor, Tensor]], dict[Tensor, Tensor], dict[Tensor, Tensor]]:
     """(a, b) of each weight, the bias that was used with it every time, and b of each bias without such a weight.
 
@@ -120,10 +121,13 @@ def _group(
     weight_uses: dict[Tensor, list[Use]] = {}
     bias_uses: dict[Tensor, list[Use]] = {}
     for use in uses:
+        assert use.b is not None
         if use.a.dim() < 2 or use.a.shape[0] != rows:
+            raise PrivacyError(f"{use.layer}: the first dimension of its input is not the batch's records, one each")
+        if use.a.dtype != dtype or use.b.dtype != dtype:
             raise PrivacyError(
-                f"{use.layer}: input of shape {list(use.a.shape)} for a batch of {rows} records: "
-                "its first dimension must be the record"
+                f"{use.layer}: input {use.a.dtype}, output gradient {use.b.dtype}: must be {dtype} as its parameters "
+                "(no autocast in this version)"
             )
         if use.weight in managed:
             weight_uses.setdefault(use.weight, []).append(use)

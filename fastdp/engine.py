@@ -8,7 +8,7 @@ import os
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -20,6 +20,7 @@ from fastdp.optimizer import PrivateOptimizer
 from fastdp.plan import Plan
 from fastdp.probe import Probe
 from fastdp.sampling import BatchSampler, PrivateLoader, check_loader
+from fastdp.secret import SecretKey
 
 # Parameters start on cache lines of the flat buffer: 16 floats.
 ALIGNMENT = 16
@@ -98,14 +99,23 @@ class PrivacyEngine:
         records, batch_size = self._check(data_loader, clipping, loss_reduction, max_physical_batch_size, secure_mode)
         plan = self._plan(records, batch_size, dataset_size, 0.0, max_grad_norm, poisson_sampling, None)
         steps = epochs * plan.steps_per_epoch
-        sigma = accounting.noise_multiplier(
-            target_epsilon=target_epsilon,
-            # A thousandth is kept for the cut tails of the noise, which `get_epsilon` adds.
-            target_delta=0.999 * target_delta if 0 < target_delta < 1 else target_delta,
-            sample_rate=plan.sample_rate if poisson_sampling else 1.0,
-            steps=steps if poisson_sampling else epochs,
-            accountant=self.ledger.accountant,
-        )
+        dimension = sum(s.numel for s in _spans(module, optimizer))
+        tail = 0.0
+        for _ in range(2):  # the second time, less delta is left, so the noise grows and its tail shrinks
+            sigma = accounting.noise_multiplier(
+                target_epsilon=target_epsilon,
+                target_delta=target_delta - tail,
+                sample_rate=plan.sample_rate if poisson_sampling else 1.0,
+                steps=steps if poisson_sampling else epochs,
+                accountant=self.ledger.accountant,
+            )
+            tail = accounting.tail_delta(sigma, steps, dimension)
+            require(
+                tail < 0.5 * target_delta,
+                "target_delta",
+                target_delta,
+                f"> {2 * tail:.2g}, twice what the noise's cut tails use up at noise multiplier {sigma:.3g}",
+            )
         plan = self._plan(records, batch_size, dataset_size, sigma, max_grad_norm, poisson_sampling, steps)
         return self._build(plan, records, module, optimizer, data_loader, loss_reduction, comm)
 
@@ -176,8 +186,13 @@ class PrivacyEngine:
         recorder = layers.Recorder()
         layers.attach(module, recorder)
         loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size))
-        probe = Probe(module)
-        loader.on_batch = probe.watch
+        probe = Probe(module, recorder, loss_reduction == "mean")
+
+        def on_batch(batch: Any, rows: int) -> Any:
+            recorder.batch = loader.drawn
+            return probe.watch(batch, rows)
+
+        loader.on_batch = on_batch
         gradient = GradientSum(spans, plan.max_grad_norm)
         private = PrivateOptimizer(
             optimizer,
@@ -194,7 +209,7 @@ class PrivacyEngine:
         self.plan, self._dimension = plan, sum(s.numel for s in spans)
         return module, private, loader
 
-    def _shared_key(self, plan: Plan, records: int, spans: list[Span], comm: Communicator | None) -> Tensor:
+    def _shared_key(self, plan: Plan, records: int, spans: list[Span], comm: Communicator | None) -> SecretKey:
         """Rank 0's key and parameters on all ranks, after a check that they run the same plan."""
         secret = os.urandom(32) if self.seed is None else hashlib.sha256(b"fastdp test %d" % self.seed).digest()
         if comm is not None and comm.size > 1:
@@ -206,7 +221,7 @@ class PrivacyEngine:
             with torch.no_grad():
                 for s in spans:
                     comm.broadcast(s.param.data, 0)
-        return torch.frombuffer(bytearray(secret), dtype=torch.uint8)
+        return SecretKey(secret)
 
 
 def _spans(module: nn.Module, optimizer: Optimizer) -> list[Span]:
@@ -220,7 +235,7 @@ def _spans(module: nn.Module, optimizer: Optimizer) -> list[Span]:
         require(p in stepped, f"optimizer: parameter {name}", "absent", "in the optimizer, or not require a gradient")
         require(p.is_contiguous(), f"{name}.stride()", p.stride(), "contiguous")
         stepped.discard(p)
-        spans.append(Span(name, p, offset))
+        spans.append(Span(name, p, offset, p.shape))
         offset += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
     if any(p.requires_grad for p in stepped):
         raise ArgumentError("optimizer", f"{len(stepped)} parameters", "parameters of the module only")

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdp.errors import ArgumentError, PrivacyError
-from fastdp.probe import Inert
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,6 +26,7 @@ class Use:
     bias: Tensor | None
     a: Tensor
     version: int
+    batch: int
     b: Tensor | None = None
 
 
@@ -35,19 +35,24 @@ class Recorder:
 
     def __init__(self) -> None:
         self.uses: list[Use] = []
-        self._backward: int | None = None
+        self.backward: int | None = None  # autograd's number of the backward that is being recorded
+        self.batch = 0  # which of the loader's batches is current
 
     def clear(self) -> None:
         self.uses.clear()
-        self._backward = None
+        self.backward = None
 
     def keep(self, use: Use, b: Tensor) -> None:
         current = torch._C._current_graph_task_id()
-        if self._backward is not None and self._backward != current:
+        if self.backward is not None and self.backward != current:
             raise PrivacyError(
                 f"{use.layer}: a second backward() before optimizer.step(); call step() or zero_grad() first"
             )
-        self._backward = current
+        self.backward = current
+        if torch.is_grad_enabled():
+            raise PrivacyError(f"{use.layer}: backward(create_graph=True) cannot be clipped per record")
+        if use.batch != self.batch:
+            raise PrivacyError(f"{use.layer}: backward() through a forward of an earlier batch")
         if use.a._version != use.version:
             raise PrivacyError(f"{use.layer}: its input was changed in place after the layer used it")
         self.uses.append(dataclasses.replace(use, b=b))
@@ -75,7 +80,8 @@ class LinearHooks:
         self._paused: list[Tensor] = []
         self._anchor = torch.zeros((), requires_grad=True)
         module.register_forward_pre_hook(self.before)
-        module.register_forward_hook(self.after, with_kwargs=True, always_call=True)
+        # First of all: hooks of the user's then act on an output that is already watched.
+        module.register_forward_hook(self.after, with_kwargs=True, always_call=True, prepend=True)
 
     def before(self, module: nn.Module, args: Any) -> None:
         if module is self.module:
@@ -94,7 +100,7 @@ class LinearHooks:
         if not output.requires_grad:
             attached: Tensor = _Attach.apply(output, self._anchor)  # type: ignore[no-untyped-call]
             output = attached
-        use = Use(self.name, self.module.weight, self.module.bias, a, a._version)
+        use = Use(self.name, self.module.weight, self.module.bias, a, a._version, self.recorder.batch)
         keep = self.recorder.keep
         output.register_hook(lambda b: keep(use, b))
         return output
@@ -106,6 +112,14 @@ class LinearHooks:
         return Inert, ()
 
 
+class Inert:
+    """What hooks become in a pickled module: nothing."""
+
+    def before(self, *args: Any) -> None: ...
+
+    def after(self, *args: Any) -> None: ...
+
+
 def check(module: nn.Module) -> None:
     """Raise ArgumentError, naming the module, unless everything with parameters is an nn.Linear."""
     for name, m in module.named_modules():
@@ -114,12 +128,16 @@ def check(module: nn.Module) -> None:
             raise ArgumentError(where, type(m).__name__, "without batch statistics, which mix records: use GroupNorm")
         if type(m) is not nn.Linear and any(p.requires_grad for p in m.parameters(recurse=False)):
             raise ArgumentError(where, type(m).__name__, "an nn.Linear, the only kind with parameters in this version")
-        if isinstance(m, torch._dynamo.eval_frame.OptimizedModule):
+        if isinstance(m, torch._dynamo.eval_frame.OptimizedModule) or m._compiled_call_impl is not None:
             raise ArgumentError(where, "a compiled module", "not compiled: hooks do not reach inside")
+        if type(m) is nn.Linear and "forward" in vars(m):
+            raise ArgumentError(f"{where}.forward", "replaced", "nn.Linear's own")
     managed = [p for p in module.parameters() if p.requires_grad]
     if not managed:
         raise ArgumentError("module", type(module).__name__, "with at least one parameter that requires a gradient")
     for p in managed:
+        if p._backward_hooks:
+            raise ArgumentError("module.parameters()", "a parameter with gradient hooks", "without: they would not run")
         if p.dtype not in (torch.float32, torch.float64) or p.dtype != managed[0].dtype or p.device.type != "cpu":
             raise ArgumentError("module.parameters()", f"{p.dtype} on {p.device}", "all float32 or all float64, on cpu")
 

@@ -84,6 +84,8 @@ def clip_sum(g: Tensor, max_norm: float, out: Tensor) -> None:
     want = sum_dtype(g.dtype)
     if out.dtype != want or out.shape != g.shape[1:] or not out.is_contiguous() or not out.is_cpu:
         raise ArgumentError("out", f"{out.dtype}{list(out.shape)}", f"contiguous {want}{list(g.shape[1:])} on cpu")
+    if g.numel() and out.untyped_storage().data_ptr() == g.untyped_storage().data_ptr():
+        raise ArgumentError("out", "in g's memory", "memory of its own")
     _kernels.clip_sum(
         g.data_ptr(),
         DTYPES[g.dtype],
@@ -117,6 +119,8 @@ def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int) -> Non
     require(x.is_contiguous(), "x.stride()", x.stride(), "contiguous")
     check_device("x", x)
     check_range("std", std)
+    if x.dtype != torch.float64:  # where float32 has all its digits
+        require(std == 0 or 1e-30 <= std <= 1e30, "std", std, "0 or in [1e-30, 1e30]")
     check_key(key, step)
     require(0 <= offset <= MAX_OFFSET - x.numel(), "offset", offset, f"in [0, {MAX_OFFSET} - x.numel()]")
     threads = torch.get_num_threads()

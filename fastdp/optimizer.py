@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from fastdp import _kernels, native
@@ -18,6 +17,7 @@ from fastdp.layers import Recorder
 from fastdp.plan import Plan
 from fastdp.probe import Probe
 from fastdp.sampling import PrivateLoader
+from fastdp.secret import SecretKey
 
 
 class PrivateOptimizer(Optimizer):
@@ -37,7 +37,7 @@ class PrivateOptimizer(Optimizer):
         probe: Probe,
         loader: PrivateLoader,
         ledger: Ledger,
-        key: Tensor,
+        key: SecretKey,
         loss_is_mean: bool,
         comm: Communicator | None,
     ) -> None:
@@ -114,32 +114,38 @@ class PrivateOptimizer(Optimizer):
         if self.plan.steps is not None and self.steps >= self.plan.steps:
             raise PrivacyError(f"step {self.steps + 1}: the noise was calibrated for {self.plan.steps} steps")
         self._check_parameters()
-        if self._recorder.uses and self._loader.rows >= 2 and not self._probe.loss_checked:
-            raise PrivacyError(
-                "loss: it was not probed for coupled records; call the module given to make_private, "
-                "and backward() on a loss made of its outputs"
-            )
+        if self.plan.steps is not None and not self.plan.poisson_sampling:
+            epochs = self.plan.steps // self.plan.steps_per_epoch
+            if self._loader.epochs > epochs:
+                raise PrivacyError(f"epoch {self._loader.epochs}: the noise was calibrated for {epochs} epochs")
+        self._probe.check_step()
 
     def _check_parameters(self) -> None:
         """What the user can change between make_private and a step, and must not."""
         flat = self.gradient.flat
+        seen = 0
+        for name, p in self._probe.root.named_parameters():
+            s = self._spans.get(p)
+            seen += s is not None
+            if p.grad is not None:
+                raise PrivacyError(
+                    f"{name}: autograd delivered a gradient that did not come from its nn.Linear; "
+                    "it cannot be clipped per record (for an L2 penalty, use the optimizer's weight_decay)"
+                )
+            if p.requires_grad != (s is not None):
+                raise PrivacyError(f"{name}: replaced, added, frozen or unfrozen after make_private")
+            if s is not None and (p.dtype != flat.dtype or p.shape != s.shape or not p.is_cpu or not p.is_contiguous()):
+                raise PrivacyError(f"{name}: its dtype, shape, device or layout was changed after make_private")
+        stepped = sum(p in self._spans for group in self.param_groups for p in group["params"])
+        if seen != len(self._spans) or stepped != seen:
+            raise PrivacyError("module: a parameter was removed or replaced after make_private")
         for group in self.param_groups:
-            for p in group["params"]:
-                s = self._spans.get(p)
-                if p.grad is not None:
-                    name = "a parameter that was frozen at make_private" if s is None else s.name
-                    raise PrivacyError(
-                        f"{name}: autograd delivered a gradient that did not come from its nn.Linear; "
-                        "it cannot be clipped per record"
-                    )
-                if p.requires_grad != (s is not None):
-                    name = "a parameter that was frozen at make_private" if s is None else s.name
-                    raise PrivacyError(f"{name}: requires_grad was changed after make_private")
-                if s is not None and (p.dtype != flat.dtype or not p.is_cpu or not p.is_contiguous()):
-                    raise PrivacyError(f"{s.name}: its dtype, device or layout was changed after make_private")
-        if flat.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            if any(p.grad is not None or (p.requires_grad and p not in self._spans) for p in group["params"]):
+                raise PrivacyError("optimizer: it was given another parameter with a gradient after make_private")
+        precision = torch.get_float32_matmul_precision()
+        if flat.dtype == torch.float32 and precision != "highest":
             raise PrivacyError(
-                f"torch.get_float32_matmul_precision()={torch.get_float32_matmul_precision()!r}: must be 'highest': "
+                f"torch.get_float32_matmul_precision()={precision!r}: must be 'highest': "
                 "coarser products round beyond what clipping leaves room for"
             )
 
@@ -186,12 +192,12 @@ class PrivateOptimizer(Optimizer):
             maximize=group["maximize"],
             first=first,
         )
-        native.noise_sgd(parameters, self.gradient.flat, self._key, step, h)
+        native.noise_sgd(parameters, self.gradient.flat, self._key.tensor(), step, h)
 
     def _noise_then_inner(self, step: int) -> None:
         for s in self.gradient.spans:
             g = self.gradient.views[s.param]
-            native.add_noise(g, self.plan.noise_std, self._key, step, s.offset)
+            native.add_noise(g, self.plan.noise_std, self._key.tensor(), step, s.offset)
             g /= self.plan.batch_size
             s.param.grad = g.clone()  # not a view: whoever saved it would save the whole buffer
         try:

@@ -35,6 +35,10 @@ class Plan:
         require(1 <= self.batch_size <= n, "batch_size", self.batch_size, f"in [1, dataset_size={n}]")
         require(0.0 <= sigma < math.inf, "noise_multiplier", sigma, "finite and >= 0")
         require(0.0 <= c < math.inf, "max_grad_norm", c, "finite and >= 0")
+        # Where float32 has all its digits, for the noise and for what it hides.
+        require(c == 0 or 1e-30 <= c <= 1e30, "max_grad_norm", c, "0 or in [1e-30, 1e30]")
+        std = sigma * c
+        require(std == 0 or 1e-30 <= std <= 1e30, "noise_multiplier * max_grad_norm", std, "0 or in [1e-30, 1e30]")
 
     @property
     def sample_rate(self) -> float:

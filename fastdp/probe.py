@@ -1,44 +1,60 @@
 """Finds records that are coupled: a model or a loss in which one record's gradient depends on the others.
 
-Clipping bounds what a record adds through its own gradient only. At the first training batch of two records or more,
-one row is replaced by synthetic ones: the model's outputs for the other rows, and the loss's gradients with respect to
-them, must not move. The model is run again for that. The loss is the user's own code: it is replayed from a tape of the
-torch functions that were called on the batch and on the model's outputs.
+Clipping bounds what a record adds through its own gradient only. So the first training batch is run again with half of
+its records replaced by synthetic ones, several times: what each layer sees of the other half, input and gradient of the
+output, must not move. Everything that the training loop did to the batch is replayed for that, from a tape of the torch
+functions that were called on it, the model included.
+
+What this does not see: a `collate_fn` that mixes records before the loop gets them, and code that couples records only
+in batches other than the probed ones (the first, and one in each decade of steps).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.errors import PrivacyError
+from fastdp.layers import Inert, Recorder, Use
 
-# Rows of a matrix product may be rounded differently when another row changes; a coupling is larger by far.
+# Rows of a matrix product may be rounded differently when another row changes. With half of the records replaced, a
+# coupling moves the others by a sizeable part of themselves.
 TOLERANCE = 1e-4
 
-# Synthetic rows, as multiples of the row they replace: a mild one, and one that a maximum would notice.
-STRENGTHS = (-0.5, -8.0)
+# Synthetic records are multiples of the ones they replace: mild ones, and ones that a maximum would notice.
+STRENGTHS = (-0.5, -8.0, -0.5, -8.0)
+
+PROBED_BATCHES = {1, 10, 100, 1000}
 
 _MEANS_OVER_COUNTED = (F.cross_entropy, F.nll_loss)
+_HARMLESS = (str, bytes, int, float, bool, complex, type(None))
 
 
 class Probe:
-    """Checks the root module and the loss once, at the first batch with two records or more; then does nothing."""
+    """Checks the root module and the loss at the first batch with two records or more, and now and then later.
 
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        self.model_checked = False
-        self.loss_checked = False
+    loss_is_mean: what the user said of the loss; the probe sees whether it is true.
+    """
+
+    def __init__(self, root: nn.Module, recorder: Recorder, loss_is_mean: bool) -> None:
+        self.root, self.recorder, self.loss_is_mean = root, recorder, loss_is_mean
         self.ignore_index: int | None = None  # a label that would leave its record out of the loss's mean
+        self._batches = 0  # with two records or more
+        self._modes: set[bool] = set()  # root.training, where checked
+        self._rows = 0
+        self._needed = False  # in this step
+        self._expected: int | None = None  # uses of layers that this step's probe saw
         self._tape: Tape | None = None
-        self._rng_before = torch.get_rng_state()
         root.register_forward_pre_hook(self.before, with_kwargs=True)
-        root.register_forward_hook(self.after, with_kwargs=True)
+        root.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
     def __deepcopy__(self, memo: Any) -> Probe:
         return self  # a copy of the module is another one, for which these hooks do nothing
@@ -50,138 +66,180 @@ class Probe:
         """Sees each batch before the training loop does; hands it on, on tape if there is something to probe."""
         if self.ignore_index is not None:
             for x in tree_leaves(batch):
-                if isinstance(x, Tensor) and x.dtype == torch.int64 and bool((x == self.ignore_index).any()):
+                if isinstance(x, Tensor) and not x.is_floating_point() and bool((x == self.ignore_index).any()):
                     _refuse_ignored(self.ignore_index)
         self._tape = None
-        if self.loss_checked or rows < 2:
+        self._needed, self._expected, self._rows = False, None, rows
+        if rows < 2:
+            return batch
+        self._batches += 1
+        self._needed = self._batches in PROBED_BATCHES or self.root.training not in self._modes
+        if not self._needed:
             return batch
         self._tape = tape = Tape(self, rows)
-        return tree_map_only(Tensor, lambda x: tape.add_source(x, is_output=False), batch)
+        _check_batch(batch, rows)
+        return tree_map_only(Tensor, tape.add_source, batch)
+
+    def check_step(self) -> None:
+        """Called by step(): what was to be probed in this step was, and the layers were used as the probe saw."""
+        uses = len(self.recorder.uses)
+        if (self._needed and uses) or (self._expected is not None and uses != self._expected):
+            raise PrivacyError(
+                "loss: it was not probed for coupled records; call the module given to make_private (not a part of "
+                "it), and backward() once on a loss made of its outputs"
+            )
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if module is not self.root or self._tape is None:
+        if module is not self.root or not torch.is_grad_enabled() or self._rows < 2:
             return None
-        self._rng_before = torch.get_rng_state()
+        if self._tape is None:
+            # Training and evaluation mode are two models.
+            self._needed = self._needed or (self.root.training not in self._modes and self._expected is None)
+            return None
+        self._tape.arguments = (args, kwargs)
         return tree_map_only(Tensor, _plain, (args, kwargs))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         tape = self._tape
-        if module is not self.root or tape is None or not torch.is_grad_enabled():
+        if module is not self.root or tape is None or output is None or not torch.is_grad_enabled():
             return None
-        if not self.model_checked:
-            self._check_model(args, kwargs, output, tape.rows)
-            self.model_checked = True
-        return tree_map_only(Tensor, lambda x: tape.add_source(x, is_output=True), output)
+        output = tree_map_only(Tensor, lambda x: _mark(x, tape), output)
+        tape.calls.append((self.root, *tape.arguments, output))
+        return output
 
-    def _check_model(self, args: Any, kwargs: Any, output: Any, rows: int) -> None:
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != rows):
-                raise PrivacyError(
-                    f"module: an output of shape {list(leaf.shape)} for a batch of {rows} records cannot be probed: "
-                    "return one row per record and compute the loss outside"
-                )
-        for strength in STRENGTHS:
-            again = self._run_again(args, kwargs, rows, strength)
-            for was, now in zip(tree_leaves(output), tree_leaves(again), strict=True):
-                if isinstance(was, Tensor) and not _close(was.detach()[1:], now[1:]):
-                    raise PrivacyError(
-                        "module: its output for a record depends on the other records of the batch, "
-                        "so clipping one record's gradient does not bound its influence"
-                    )
+    def passed(self, uses: int) -> None:
+        self._modes.add(self.root.training)
+        self._needed, self._expected = False, uses
+        self._tape = None
 
-    def _run_again(self, args: Any, kwargs: Any, rows: int, strength: float) -> Any:
-        """The module on changed inputs with the same random numbers; its buffers stay as they are now."""
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Random numbers, buffers, gradients and what the layers recorded are afterwards as they were before."""
         buffers = [(b, b.clone()) for b in self.root.buffers()]
+        gradients = [(p, p.grad) for p in self.root.parameters()]
+        python, numbers = random.getstate(), np.random.get_state()
         tape, self._tape = self._tape, None
+        rows, self._rows = self._rows, 0  # the hooks above do nothing meanwhile
+        uses, backward = self.recorder.uses, self.recorder.backward
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(self._rng_before)
-                args, kwargs = tree_map_only(Tensor, lambda x: replace_first_row(x, rows, strength), (args, kwargs))
-                return self.root(*args, **kwargs)
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                # Dropout, layer drop and the like draw the same in every replay.
+                torch.manual_seed(0)
+                random.seed(0)
+                np.random.seed(0)
+                self.recorder.uses, self.recorder.backward = [], None
+                yield
         finally:
-            self._tape = tape
+            self.recorder.uses, self.recorder.backward = uses, backward
+            self._tape, self._rows = tape, rows
+            random.setstate(python)
+            np.random.set_state(numbers)
+            for p, g in gradients:
+                p.grad = g
             for b, value in buffers:
                 b.data.copy_(value)
 
 
 class Tape:
-    """The torch functions called on one batch and its outputs, so that the loss can be computed again."""
+    """The torch functions called on one batch, so that the step can be computed again on other records."""
 
     def __init__(self, probe: Probe, rows: int) -> None:
         self.probe, self.rows = probe, rows
-        self.sources: list[tuple[Tensor, Tensor, bool]] = []  # (as marked, value, is an output of the module)
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
+        self.sources: list[tuple[Tensor, Tensor]] = []  # as marked, and its value
+        self.calls: list[tuple[Any, Any, Any, Any]] = []  # function, args, kwargs, result
+        self.arguments: tuple[Any, Any] = ((), {})  # of the root module's current call
 
-    def add_source(self, x: Tensor, is_output: bool) -> Tensor:
+    def add_source(self, x: Tensor) -> Tensor:
         marked = _mark(x, self)
-        self.sources.append((marked, _plain(x).detach().clone(), is_output))
+        self.sources.append((marked, _plain(x).detach().clone()))
         return marked
 
     def check(self, loss: Tensor, gradient: Tensor | None) -> None:
         """Called by loss.backward(), before it."""
-        if not any(is_output for _, _, is_output in self.sources):
-            return
+        if not any(func is self.probe.root for func, *_ in self.calls):
+            return  # another model's loss
         for func, args, kwargs, _ in self.calls:
             if func in _MEANS_OVER_COUNTED and kwargs.get("reduction", "mean") == "mean":
                 self._check_counted_mean(args, kwargs)
-        was = self._gradients(loss, gradient, None)
-        if not was:  # another model's loss
+        base, values, buffers = self._replay(loss, gradient, lambda x: x)
+        if not base:
             return
-        for strength in STRENGTHS:
-            for before, after in zip(was, self._gradients(loss, gradient, strength), strict=True):
-                if not _close(before[1:], after[1:]):
-                    raise PrivacyError(
-                        "loss: a record's gradient depends on the other records (class weights under a mean, or a "
-                        "normaliser computed from the data): use reduction='sum' and loss_reduction='sum'"
-                    )
-        self.probe.loss_checked = True
+        rows = self.rows
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+        first, some = torch.arange(rows) < rows // 2, order < rows // 2
+        halves = (first, ~first, some, ~some)
+        for changed, strength in zip(halves, STRENGTHS, strict=True):
+
+            def replace(x: Tensor, changed: Tensor = changed, strength: float = strength) -> Tensor:
+                return replace_rows(x, changed, strength)
+
+            other, other_values, other_buffers = self._replay(loss, gradient, replace)
+            _compare(base, other, ~changed)
+            if values != other_values:
+                raise PrivacyError(
+                    "loss: a number was taken out of torch before backward() (.item(), float(), .numpy()) and depends "
+                    "on the records: keep it a tensor, or take it after backward()"
+                )
+            for name, was, now in zip(dict(self.probe.root.named_buffers()), buffers, other_buffers, strict=True):
+                if not _close(was, now):
+                    raise PrivacyError(f"module: buffer {name} is computed from the records and would leave un-noised")
+        self._check_reduction(loss, gradient, base)
+        self.probe.passed(len(base))
 
     def _check_counted_mean(self, args: Any, kwargs: Any) -> None:
-        weight = kwargs.get("weight", args[2] if len(args) > 2 else None)
-        if weight is not None:
-            raise PrivacyError(
-                "loss: class weights under a mean are divided by the sum of the batch's weights, which couples its "
-                "records: use reduction='sum' and loss_reduction='sum'"
-            )
-        self.probe.ignore_index = int(kwargs.get("ignore_index", -100))
         target = args[1] if len(args) > 1 else kwargs["target"]
-        if not target.is_floating_point() and bool((target == self.probe.ignore_index).any()):
+        if target.is_floating_point():  # class probabilities: every record counts
+            return
+        self.probe.ignore_index = int(kwargs.get("ignore_index", -100))
+        if bool((target == self.probe.ignore_index).any()):
             _refuse_ignored(self.probe.ignore_index)
 
-    def _gradients(self, loss: Tensor, gradient: Tensor | None, strength: float | None) -> list[Tensor]:
-        """Gradients of the replayed loss with respect to the module's outputs; none if it does not depend on them."""
-        known: dict[int, Any] = {}
-        leaves = []
-        for marked, original, is_output in self.sources:
-            x = original if strength is None else replace_first_row(original, self.rows, strength)
-            if is_output:
-                leaves.append(x.clone().requires_grad_(x.is_floating_point()))
-                x = leaves[-1]
-            known[id(marked)] = x.clone()  # functions may change it in place
-        leaves = [x for x in leaves if x.requires_grad]
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(0)  # a loss that draws random numbers draws the same in every replay
+    def _check_reduction(self, loss: Tensor, gradient: Tensor | None, base: list[Use]) -> None:
+        """A mean over half of the records has gradients twice as large, a sum has the same."""
+        half = self.rows // 2
+
+        def keep(x: Tensor) -> Tensor:
+            return x[:half].clone() if x.dim() and x.shape[0] == self.rows else x
+
+        try:
+            smaller, _, _ = self._replay(loss, gradient, keep)
+        except (RuntimeError, ValueError, IndexError):
+            return  # the loop has the batch's size as a constant: this cannot be seen
+        before = sum(u.b[:half].nan_to_num(0, 0, 0).abs().double().sum().item() for u in base if u.b is not None)
+        after = sum(u.b.nan_to_num(0, 0, 0).abs().double().sum().item() for u in smaller if u.b is not None)
+        if before == 0.0 or after == 0.0:
+            return
+        is_mean = after / before > (self.rows / half) ** 0.5
+        if is_mean != self.probe.loss_is_mean:
+            found, said = ("mean", "sum") if is_mean else ("sum", "mean")
+            raise PrivacyError(f"loss_reduction={said!r}: must be {found!r}, which is what the loss does")
+
+    def _replay(
+        self, loss: Tensor, gradient: Tensor | None, change: Callable[[Tensor], Tensor]
+    ) -> tuple[list[Use], list[Any], list[Tensor]]:
+        """What the layers recorded, the numbers taken out of torch, and the buffers, on changed records."""
+        known: dict[int, Any] = {id(marked): change(value).clone() for marked, value in self.sources}
+        values: list[Any] = []
+        with self.probe.untouched():
             for func, args, kwargs, result in self.calls:
                 args, kwargs = tree_map_only(Tensor, lambda x: known.get(id(x), x), (args, kwargs))
                 for x, y in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
-                    known[id(x)] = y
+                    if isinstance(x, Tensor):
+                        known[id(x)] = y
+                    elif isinstance(y, np.ndarray):
+                        values.append(y.tobytes())
+                    elif isinstance(y, (int, float, bool, complex)):
+                        values.append(y)
             again = known.get(id(loss))
             if again is None or not again.requires_grad:
-                raise PrivacyError("loss: it cannot be replayed from the model's outputs; use torch functions on them")
-            grads = torch.autograd.grad(again, leaves, gradient, allow_unused=True)
-        return [g for g in grads if g is not None]
-
-
-class Inert:
-    """What hooks become in a pickled module: nothing."""
-
-    def before(self, *args: Any) -> None: ...
-
-    def after(self, *args: Any) -> None: ...
+                raise PrivacyError("loss: it cannot be replayed from the batch; use torch functions on it")
+            torch.autograd.backward(again, gradient)
+            buffers = [b.clone() for b in self.probe.root.buffers()]
+            return self.probe.recorder.uses, values, buffers
 
 
 class _Taped(Tensor):
-    """A tensor whose functions are written down on its tape. Only those of the first training batch are."""
+    """A tensor whose functions are written down on its tape. Only those of probed batches are."""
 
     _tape: Tape
 
@@ -189,13 +247,14 @@ class _Taped(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tape = next(x._tape for x in tree_leaves((args, kwargs)) if isinstance(x, _Taped))
+        active = tape.probe._tape is tape
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.backward:
-                if not tape.probe.loss_checked:
+                if active:
                     tape.check(args[0], kwargs.get("gradient", args[1] if len(args) > 1 else None))
                 return func(*args, **kwargs)  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
-            if not any(isinstance(x, Tensor) for x in tree_leaves(result)) or tape.probe.loss_checked:
+            if not active:
                 return result
             result = tree_map_only(Tensor, lambda x: _mark(x, tape), result)
             tape.calls.append((func, args, kwargs, result))
@@ -212,20 +271,56 @@ def _plain(x: Tensor) -> Tensor:
     return x.as_subclass(Tensor)
 
 
-def replace_first_row(x: Tensor, rows: int, strength: float) -> Tensor:
-    """A copy of a tensor of one row per record with a synthetic first row, of values that its kind allows."""
-    if x.dim() == 0 or x.shape[0] != rows or x.dtype == torch.bool:
+def _check_batch(batch: Any, rows: int) -> None:
+    leaves = tree_leaves(batch)
+    for x in leaves:
+        if not isinstance(x, (Tensor, *_HARMLESS)):
+            raise PrivacyError(
+                f"data_loader: a batch with a {type(x).__name__} cannot be probed: use tuples, lists, dicts, tensors"
+            )
+    if not any(isinstance(x, Tensor) and x.dim() and x.shape[0] == rows for x in leaves):
+        raise PrivacyError("data_loader: no tensor of the batch has a record in each row")
+
+
+def _compare(base: list[Use], other: list[Use], same: Tensor) -> None:
+    if [u.layer for u in base] != [u.layer for u in other]:
+        raise PrivacyError("module: which layers are used depends on the records")
+    for u, v in zip(reversed(base), reversed(other), strict=True):  # in the order of the forward
+        if u.a.dim() == 0 or len(u.a) != len(same):
+            continue  # refused by step(), by its shape
+        if u.a.shape != v.a.shape or not _close(u.a[same], v.a[same]):
+            raise PrivacyError(
+                f"{u.layer}: its input for a record depends on the other records of the batch, "
+                "so clipping one record's gradient does not bound its influence"
+            )
+    for u, v in zip(base, other, strict=True):
+        assert u.b is not None and v.b is not None
+        if len(u.b) == len(same) and not _close(u.b[same], v.b[same]):
+            raise PrivacyError(
+                f"{u.layer}: a record's gradient depends on the other records (class weights under a mean, or a "
+                "normaliser computed from the data): use reduction='sum' and loss_reduction='sum'"
+            )
+
+
+def replace_rows(x: Tensor, changed: Tensor, strength: float) -> Tensor:
+    """A copy of a tensor of one row per record with synthetic rows where `changed`, of values that its kind allows."""
+    if x.dim() == 0 or x.shape[0] != len(changed):
         return x
-    x = _plain(x).detach().clone()
-    if not x.is_floating_point():  # another record's label or token, or the neighbouring one
-        first = x[0]
-        others = x[1:].flatten()
-        other = others[(others != first.flatten()[0]).nonzero().flatten()[:1]]
-        x[0] = other[0] if len(other) else torch.where(first == 0, first + 1, first - 1)
-        return x
-    first = x[0].nan_to_num(0.0, 0.0, 0.0)
-    probabilities = bool((x >= 0).all()) and bool((x <= 1).all())
-    x[0] = 0.75 - 0.5 * first if probabilities else 0.25 + strength * first
+    x = x.clone()
+    old = x[changed]
+    if x.dtype == torch.bool:
+        x[changed] = ~old
+    elif not x.is_floating_point():  # other records' labels or tokens; where all are alike, the neighbouring one
+        values = x.flatten()
+        if bool((values == values[0]).all()):
+            x[changed] = torch.where(old == 0, old + 1, old - 1)
+        else:
+            picks = torch.randint(len(values), (old.numel(),), generator=torch.Generator().manual_seed(int(strength)))
+            x[changed] = values[picks].view(old.shape)
+    else:
+        old = old.nan_to_num(0.0, 0.0, 0.0)
+        probabilities = bool((x >= 0).all()) and bool((x <= 1).all())
+        x[changed] = 0.75 - 0.5 * old if probabilities else 0.25 + strength * old
     return x
 
 

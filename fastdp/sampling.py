@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -26,15 +26,16 @@ from torch.utils.data import (
 from fastdp import ops
 from fastdp.errors import ArgumentError, PrivacyError, require
 from fastdp.plan import Plan
+from fastdp.secret import SecretKey
 
 
 class BatchSampler:
     """Record ids of each step, for one rank.
 
-    records: how many the data set has; key: uint8[32], the same on all ranks; rank, size: of the communicator.
+    records: how many the data set has; key: the same on all ranks; rank, size: of the communicator.
     """
 
-    def __init__(self, plan: Plan, records: int, key: Tensor, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, plan: Plan, records: int, key: SecretKey, rank: int = 0, size: int = 1) -> None:
         self.plan, self.records, self.rank, self.size = plan, records, rank, size
         self._key = key
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
@@ -43,7 +44,7 @@ class BatchSampler:
         """Ids of all ranks' records -> int64, ascending if Poisson. `position`: step within the epoch."""
         plan = self.plan
         if plan.poisson_sampling:
-            return ops.poisson_sample(self.records, plan.sample_rate, key=self._key, step=step)
+            return ops.poisson_sample(self.records, plan.sample_rate, key=self._key.tensor(), step=step)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)
         return self._order[position * plan.batch_size : (position + 1) * plan.batch_size]
@@ -55,7 +56,9 @@ class BatchSampler:
 
     def _shuffled(self, epoch: int) -> Tensor:
         # Not a domain of the generator: nothing private rests on the order, and the key cannot be got back from it.
-        digest = hashlib.blake2b(b"%d" % epoch, digest_size=8, key=bytes(self._key.tolist()), person=b"fastdp shuffle")
+        digest = hashlib.blake2b(
+            b"%d" % epoch, digest_size=8, key=bytes(self._key.tensor().tolist()), person=b"fastdp shuffle"
+        )
         generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
         return torch.randperm(self.records, generator=generator)
 
@@ -118,7 +121,16 @@ class PrivateLoader:
         )
         for batch in batches:
             rows = sizes.popleft()
-            yield rows, batch if rows else tree_map_only(Tensor, torch.zeros_like, batch)
+            yield rows, batch if rows else tree_map(_blank, batch)
+
+
+def _blank(x: Any) -> Any:
+    """What stands in for a record's value in an empty batch; nothing of the record may show."""
+    if isinstance(x, Tensor):
+        return torch.zeros_like(x)
+    if x is None or isinstance(x, (str, bytes, bool, int, float, complex)):
+        return None if x is None else type(x)()
+    raise PrivacyError(f"data_loader: an empty batch cannot be made of a {type(x).__name__}: use tensors")
 
 
 class _Once:

@@ -21,6 +21,7 @@ from torch.utils.data import (
 from fastdp import ArgumentError, PrivacyError, ops, reference
 from fastdp.plan import Plan
 from fastdp.sampling import BatchSampler, PrivateLoader, check_loader
+from fastdp.secret import SecretKey
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,10 @@ def test_gaps_are_geometric(key: torch.Tensor) -> None:
     assert stats.chisquare(observed, p * len(gaps)).pvalue > 1e-4
 
 
+def secret(key: torch.Tensor) -> SecretKey:
+    return SecretKey(bytes(key.tolist()))
+
+
 def plan(n: int, batch: int, poisson: bool = True) -> Plan:
     return Plan(n, batch, noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=poisson)
 
@@ -74,8 +79,8 @@ def plan(n: int, batch: int, poisson: bool = True) -> Plan:
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 def test_ranks_slices_are_the_global_batch(key: torch.Tensor, poisson: bool, size: int) -> None:
     p = plan(1000, 37, poisson)
-    samplers = [BatchSampler(p, 1000, key, rank, size) for rank in range(size)]
-    whole = BatchSampler(p, 1000, key)
+    samplers = [BatchSampler(p, 1000, secret(key), rank, size) for rank in range(size)]
+    whole = BatchSampler(p, 1000, secret(key))
     for step in range(2 * p.steps_per_epoch):
         epoch, position = divmod(step, p.steps_per_epoch)
         parts = [s.local_batch(step, epoch, position) for s in samplers]
@@ -85,7 +90,7 @@ def test_ranks_slices_are_the_global_batch(key: torch.Tensor, poisson: bool, siz
 
 def test_shuffled_epochs_hold_every_record_once(key: torch.Tensor) -> None:
     p = plan(100, 30, poisson=False)
-    sampler = BatchSampler(p, 100, key)
+    sampler = BatchSampler(p, 100, secret(key))
     epochs = [torch.cat([sampler.global_batch(4 * e + i, e, i) for i in range(4)]) for e in range(2)]
     for order in epochs:
         assert order.sort().values.tolist() == list(range(100))
@@ -105,7 +110,7 @@ class Words(Dataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_yields_the_sampled_records(key: torch.Tensor, workers: int) -> None:
     p = plan(50, 5)
-    loader = PrivateLoader(DataLoader(Words(), batch_size=5, num_workers=workers), BatchSampler(p, 50, key))
+    loader = PrivateLoader(DataLoader(Words(), batch_size=5, num_workers=workers), BatchSampler(p, 50, secret(key)))
     assert len(loader) == 10
     for epoch in range(2):
         for i, batch in enumerate(loader):
@@ -117,13 +122,13 @@ def test_loader_yields_the_sampled_records(key: torch.Tensor, workers: int) -> N
                 assert torch.equal(batch["x"][:, 0], want.float())
                 assert batch["name"] == [f"record {j}" for j in want]
             else:
-                assert batch["x"].tolist() == [[0.0] * 3]
+                assert batch["x"].tolist() == [[0.0] * 3] and batch["name"] == [""]
 
 
 def test_empty_batches_come_as_one_record_of_zeros(key: torch.Tensor) -> None:
     x, y = torch.ones(4, 3), torch.ones(4, dtype=torch.int64)
     p = Plan(1000, 1, noise_multiplier=1.0, max_grad_norm=1.0, size_from_data=False)
-    loader = PrivateLoader(DataLoader(TensorDataset(x, y), batch_size=1), BatchSampler(p, 4, key))
+    loader = PrivateLoader(DataLoader(TensorDataset(x, y), batch_size=1), BatchSampler(p, 4, secret(key)))
     empty = 0
     for got_x, got_y in loader:
         if loader.rows == 0:
@@ -133,7 +138,7 @@ def test_empty_batches_come_as_one_record_of_zeros(key: torch.Tensor) -> None:
 
 
 def test_two_iterations_at_once_are_refused(key: torch.Tensor) -> None:
-    loader = PrivateLoader(DataLoader(Words(), batch_size=5), BatchSampler(plan(50, 5), 50, key))
+    loader = PrivateLoader(DataLoader(Words(), batch_size=5), BatchSampler(plan(50, 5), 50, secret(key)))
     first, second = iter(loader), iter(loader)
     next(first)
     next(first)
