@@ -82,6 +82,25 @@ void accumulate_rows(Rows<T> rows, const double* factors, typename SumOf<T>::typ
   }
 }
 
+inline uint32_t size_bits(float x) { return __builtin_bit_cast(uint32_t, x) & 0x7fffffffu; }
+inline uint64_t size_bits(double x) { return __builtin_bit_cast(uint64_t, x) & 0x7fffffffffffffffu; }
+
+// out = f * row; false if a product is too great for T. Magnitudes are compared as integers, which order alike and
+// whose maximum the compiler vectorises.
+template <class T>
+bool scale_row(const T* __restrict__ row, double f, int64_t n, T* __restrict__ out) {
+  using F = typename SumOf<T>::type;
+  const auto least = size_bits(smallest<F>());
+  auto largest = size_bits(F{0});
+  for (int64_t j = 0; j < n; ++j) {
+    const F v = static_cast<F>(f * double{load(row[j])});
+    const auto size = size_bits(v);
+    largest = size > largest ? size : largest;
+    store(out[j], size < least ? F{0} : v);
+  }
+  return largest <= size_bits(greatest<F>());
+}
+
 template <class T>
 void scale_rows(Rows<T> rows, const double* factors, T* __restrict__ out, typename SumOf<T>::type* __restrict__ sums) {
   using F = typename SumOf<T>::type;
@@ -95,16 +114,7 @@ void scale_rows(Rows<T> rows, const double* factors, T* __restrict__ out, typena
     }
     // In double, since a factor such as 1e-60 (two layers of 1e30 each) is no float though the product is. Products
     // that are subnormal in F would be rounded up by more than the factor leaves room for: they become 0.
-    const double f = factors[i];
-    const T* __restrict__ row = rows.row(i);
-    double largest = 0.0;
-    for (int64_t j = 0; j < n; ++j) {
-      const double v = f * double{load(row[j])};
-      const double size = v < 0.0 ? -v : v;
-      largest = size > largest ? size : largest;
-      store(out[j], size < double{smallest<F>()} ? F{0} : static_cast<F>(v));
-    }
-    if (largest > double{greatest<F>()}) {  // the record is dropped: its products do not fit
+    if (!scale_row(rows.row(i), factors[i], n, out)) {  // the record is dropped: its products do not fit
       for (int64_t j = 0; j < n; ++j) store(out[j], F{0});
       continue;
     }

@@ -48,6 +48,13 @@ class PrivateOptimizer(Optimizer):
         self.steps = 0
         self._epochs_recorded = 0
         self._spans = {s.param: s for s in gradient.spans}
+        # Where each of the module's parameters hangs: name, the submodule's own dictionary, key, parameter.
+        self._slots = [
+            (f"{prefix}.{key}" if prefix else key, m._parameters, key, p)
+            for prefix, m in probe.root.named_modules()
+            for key, p in m._parameters.items()
+            if p is not None
+        ]
         self._recorder, self._probe, self._loader = recorder, probe, loader
         self._key, self._loss_is_mean, self._comm = key, loss_is_mean, comm
 
@@ -123,25 +130,23 @@ class PrivateOptimizer(Optimizer):
     def _check_parameters(self) -> None:
         """What the user can change between make_private and a step, and must not."""
         flat = self.gradient.flat
-        seen = 0
-        for name, p in self._probe.root.named_parameters():
+        for name, holder, key, p in self._slots:
+            if holder.get(key) is not p:
+                raise PrivacyError(f"{name}: removed or replaced after make_private")
             s = self._spans.get(p)
-            seen += s is not None
             if p.grad is not None:
                 raise PrivacyError(
                     f"{name}: autograd delivered a gradient that did not come from its nn.Linear; "
                     "it cannot be clipped per record (for an L2 penalty, use the optimizer's weight_decay)"
                 )
             if p.requires_grad != (s is not None):
-                raise PrivacyError(f"{name}: replaced, added, frozen or unfrozen after make_private")
+                raise PrivacyError(f"{name}: frozen or unfrozen after make_private")
             if s is not None and (p.dtype != flat.dtype or p.shape != s.shape or not p.is_cpu or not p.is_contiguous()):
                 raise PrivacyError(f"{name}: its dtype, shape, device or layout was changed after make_private")
-        stepped = sum(p in self._spans for group in self.param_groups for p in group["params"])
-        if seen != len(self._spans) or stepped != seen:
-            raise PrivacyError("module: a parameter was removed or replaced after make_private")
         for group in self.param_groups:
-            if any(p.grad is not None or (p.requires_grad and p not in self._spans) for p in group["params"]):
-                raise PrivacyError("optimizer: it was given another parameter with a gradient after make_private")
+            for p in group["params"]:
+                if p not in self._spans and (p.requires_grad or p.grad is not None):
+                    raise PrivacyError("optimizer: it was given another parameter with a gradient after make_private")
         precision = torch.get_float32_matmul_precision()
         if flat.dtype == torch.float32 and precision != "highest":
             raise PrivacyError(

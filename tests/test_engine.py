@@ -458,7 +458,8 @@ def test_an_engine_accounts_for_one_run(loop) -> None:
 
 
 CHANGES = {
-    "0.weight: replaced, added, frozen or unfrozen": lambda m: m[0].weight.requires_grad_(False),
+    "0.weight: frozen or unfrozen": lambda m: m[0].weight.requires_grad_(False),
+    "0.weight: removed or replaced": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.data.clone())),
     "0.weight: its dtype, shape, device or layout": lambda m: m.double(),
     "layout was changed": lambda m: setattr(m[0].weight, "data", m[0].weight.data.t().contiguous().t()),
     "get_float32_matmul_precision": lambda m: torch.set_float32_matmul_precision("medium"),
