@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 #include <string_view>
 
 #include "communicator.h"
@@ -45,10 +47,9 @@ constexpr const char* built_for() {
 #endif
 }
 
-template <class Names>
-py::tuple names_of(const Names& names, std::size_t count) {
-  py::tuple result(count);
-  for (std::size_t i = 0; i < count; ++i) result[i] = py::str(std::string(names[i]));
+py::tuple names_of(std::span<const std::string_view> names) {
+  py::tuple result(names.size());
+  for (std::size_t i = 0; i < names.size(); ++i) result[i] = py::str(std::string(names[i]));
   return result;
 }
 
@@ -57,9 +58,9 @@ py::tuple names_of(const Names& names, std::size_t count) {
 PYBIND11_MODULE(_mpi, m) {
   m.attr("__version__") = FASTDP_VERSION;
   m.attr("built_for") = built_for();
-  m.attr("dtypes") = names_of(kDTypeNames, kDTypeNames.size());
-  m.attr("summable_dtypes") = names_of(kDTypeNames, kSummableDTypes);
-  m.attr("algorithms") = names_of(kAlgorithmNames, kAlgorithmNames.size());
+  m.attr("dtypes") = names_of(kDTypeNames);
+  m.attr("summable_dtypes") = names_of(std::span(kDTypeNames).first(kSummableDTypes));
+  m.attr("algorithms") = names_of(kAlgorithmNames);
   m.def("loaded_library", loaded_library);
 
   py::register_exception_translator([](std::exception_ptr pointer) {
