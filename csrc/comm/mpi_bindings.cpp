@@ -7,7 +7,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <string_view>
 
 #include "communicator.h"
 #include "mpi_transport.h"
