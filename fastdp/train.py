@@ -263,6 +263,7 @@ def read_config(
 
 
 def main(arguments: list[str] | None = None) -> int:
+    app.config = ()  # of an earlier call in this process
     try:
         result = app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
         return result if isinstance(result, int) else 0
