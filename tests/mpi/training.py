@@ -47,12 +47,12 @@ def trained() -> dict[str, object]:
     batches, empty = [], 0
     for _ in range(3):
         for features, labels, ids in loader:
-            mine = ids.tolist() if loader.rows else []
-            empty += not mine
-            batches.append(sorted(functools.reduce(operator.iadd, comm.allgather_object(mine), [])))
             optimizer.zero_grad()
             F.cross_entropy(module(features), labels).backward()
             optimizer.step()
+            mine = ids.tolist() if loader.rows else []
+            empty += not mine
+            batches.append(sorted(functools.reduce(operator.iadd, comm.allgather_object(mine), [])))
     digests = comm.allgather_object(digest(*module.parameters()))
     assert len(set(digests)) == 1, "ranks disagree"
     assert len(set(comm.allgather_object(engine.get_epsilon(1e-5)))) == 1
