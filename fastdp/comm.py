@@ -46,7 +46,8 @@ def init(
     algorithm: str = "auto",
     segment_bytes: int = SEGMENT_BYTES,
 ) -> Communicator:
-    """A communicator over the ranks of `mpi_comm` (mpi4py; None: COMM_WORLD). All of its ranks call this.
+    """A communicator over the ranks of `mpi_comm` (mpi4py; None: COMM_WORLD). All of its ranks call this, once and not
+    in a loop: each is a duplicate that stays, and MPI has about 2,000 of them.
 
     timeout: seconds that a rank waits with nothing arriving before it raises CommError.
     algorithm: what all_reduce does when it is not told: "ring", "mpi" or "auto".
@@ -177,7 +178,8 @@ class Communicator:
         try:
             collective(*arguments)
         except BaseException:
-            if self._native is not None and self._native.pending and self not in _kept_for_late_peers:
+            native = self._native
+            if native is not None and native.failure and native.pending and self not in _kept_for_late_peers:
                 _kept_for_late_peers.extend((self, x))
             raise
 

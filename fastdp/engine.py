@@ -16,6 +16,7 @@ from fastdp import accounting, layers
 from fastdp.clipping import GradientSum, Span
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, require
+from fastdp.launch import launched_ranks
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.plan import Plan
 from fastdp.probe import Probe
@@ -126,6 +127,8 @@ class PrivacyEngine:
     def assumptions(self) -> list[str]:
         """What a reader of the epsilon must know, one line each; the first says so if the run is not private."""
         lines = [] if self.seed is None else [f"NOT PRIVATE: the noise is reproducible from seed {self.seed}"]
+        if self.plan is not None and self.plan.noise_multiplier == 0:
+            lines.append("NOT PRIVATE: no noise is added")
         return lines + ([] if self.plan is None else self.plan.assumptions())
 
     def _check(
@@ -180,6 +183,10 @@ class PrivacyEngine:
         loss_reduction: str,
         comm: Communicator | None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateLoader]:
+        if comm is None and launched_ranks() > 1:
+            raise ArgumentError(
+                "comm", None, "fastdp.comm.init() under mpirun: without it each rank trains a model of its own"
+            )
         spans = _spans(module, optimizer)
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
         key = self._shared_key(plan, records, spans, comm)

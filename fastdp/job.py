@@ -13,6 +13,7 @@ from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError
 
 USAGE_ERROR = 2
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 T = TypeVar("T")
 
@@ -43,6 +44,16 @@ def end_all_ranks(comm: Communicator) -> None:
     print(f"rank {comm.rank} of {comm.size}:", file=sys.stderr)
     traceback.print_exc()
     comm.abort(1)
+
+
+def interrupted(comm: Communicator, where: str) -> int:
+    """Say so once and end the job: peers may be in a collective that this rank left."""
+    if comm.rank != 0:
+        time.sleep(1.0)  # Ctrl-C reaches all ranks, and rank 0 speaks
+    print(f"fastdp.train: interrupted {where}", file=sys.stderr)
+    if comm.size > 1:
+        comm.abort(INTERRUPTED)
+    return INTERRUPTED
 
 
 def complain(line: str) -> None:

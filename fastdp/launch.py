@@ -74,6 +74,11 @@ def _name(library: str) -> str:
     return library.split(", package")[0]  # Open MPI goes on with who built it where
 
 
+def launched_ranks() -> int:
+    """As one of how many processes this one was started, by what the launcher left in the environment; 1 if alone."""
+    return _launcher()[1]
+
+
 def _launcher() -> tuple[str, int]:
     """Who started this process, and as one of how many. A Slurm step counts where no mpirun ran inside it."""
     for variable, name in (

@@ -46,7 +46,8 @@ class Recorder:
         current = torch._C._current_graph_task_id()
         if self.backward is not None and self.backward != current:
             raise PrivacyError(
-                f"{use.layer}: a second backward() before optimizer.step(); call step() or zero_grad() first"
+                f"{use.layer}: a second backward() before optimizer.step(); call step() of the optimizer that "
+                "make_private returned, or zero_grad(), first"
             )
         self.backward = current
         if torch.is_grad_enabled():
@@ -125,7 +126,11 @@ def check(module: nn.Module) -> None:
     for name, m in module.named_modules():
         where = f"module.{name}" if name else "module"
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            raise ArgumentError(where, type(m).__name__, "without batch statistics, which mix records: use GroupNorm")
+            raise ArgumentError(
+                where,
+                type(m).__name__,
+                "removed: it mixes records, and so far no other norm with parameters is supported",
+            )
         if type(m) is not nn.Linear and any(p.requires_grad for p in m.parameters(recurse=False)):
             raise ArgumentError(where, type(m).__name__, "an nn.Linear, the only kind with parameters in this version")
         if isinstance(m, torch._dynamo.eval_frame.OptimizedModule) or m._compiled_call_impl is not None:
@@ -146,4 +151,4 @@ def attach(module: nn.Module, recorder: Recorder) -> None:
     """Hook every nn.Linear of `module`."""
     for name, m in module.named_modules():
         if type(m) is nn.Linear:
-            LinearHooks(name or "module", m, recorder)
+            LinearHooks(f"layer '{name}'" if name else "module", m, recorder)

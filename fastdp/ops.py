@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdp import native
-from fastdp.errors import ArgumentError, require
+from fastdp.errors import ArgumentError, PrivacyError, require
 
 __all__ = [
     "clip_noise",
@@ -117,8 +117,10 @@ def random_key() -> Tensor:
 
 def _key_and_step(key: Tensor | None, step: int | Tensor | None) -> tuple[Tensor, Tensor]:
     if key is None:
-        # A compiler may fold two equal calls without inputs into one, and equal keys are equal noise.
-        require(not torch.compiler.is_compiling(), "key", None, "a tensor under torch.compile: ops.random_key()")
+        # A compiler may fold two equal calls without inputs into one, and equal keys are equal noise. An error that
+        # Dynamo can trace: ArgumentError's own __init__ would hide the message.
+        if torch.compiler.is_compiling():
+            raise PrivacyError("key=None: must be a tensor under torch.compile: key=ops.random_key()")
         key = random_key()
         step = 0 if step is None else step
     if step is None:

@@ -116,7 +116,7 @@ class PrivateOptimizer(Optimizer):
         if self._loader.drawn != self.steps + 1:
             raise PrivacyError(
                 f"step() after {self._loader.drawn - self.steps} batches of the loader since the last step: "
-                "each step must use exactly one"
+                "each step must use exactly one of the loader that make_private returned"
             )
         if self.plan.steps is not None and self.steps >= self.plan.steps:
             raise PrivacyError(f"step {self.steps + 1}: the noise was calibrated for {self.plan.steps} steps")

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import CompileContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.errors import PrivacyError
@@ -246,6 +247,8 @@ class _Taped(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if CompileContext.current_compile_id() is not None:
+            raise PrivacyError("torch.compile: compiled models and losses are not supported in this version")
         tape = next(x._tape for x in tree_leaves((args, kwargs)) if isinstance(x, _Taped))
         active = tape.probe._tape is tape
         with torch._C.DisableTorchFunctionSubclass():

@@ -6,7 +6,9 @@ sizes; throughput counts expected records.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -58,6 +60,22 @@ def area_under_roc(score: Tensor, labels: Tensor) -> float:
     return ((ranks[positive].sum() - p * (p + 1) / 2) / (p * n)).item()
 
 
+def print_what_can_be_printed() -> None:
+    """A terminal that knows no Greek letters gets question marks, not an error after the budget was spent."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def say(text: str) -> None:
+    """Print a line. When nobody reads any more (`| head -1`), go on in silence: the run matters, not the line."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 class Progress:
     """A bar on a terminal, a line per epoch elsewhere; nothing on ranks that do not speak."""
 
@@ -100,7 +118,7 @@ class Progress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, text=text)
         elif self._console is not None:
-            print(f"epoch {metrics['epoch']:.0f}  step {metrics['step']:.0f}/{self._steps}  {text}", flush=True)
+            say(f"epoch {metrics['epoch']:.0f}  step {metrics['step']:.0f}/{self._steps}  {text}")
 
 
 class Output:
@@ -108,6 +126,7 @@ class Output:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._history: list[dict[str, float]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
@@ -117,23 +136,41 @@ class Output:
             raise ArgumentError("output", str(folder), f"a folder that can be written to ({error.strerror})") from error
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
-        json.dump(metrics, self._metrics)
+        self._history.append(metrics)
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        json.dump(finite, self._metrics, allow_nan=False)
         self._metrics.write("\n")
         self._metrics.flush()
 
-    def write(self, summary: dict[str, Any], history: list[dict[str, float]], model: nn.Module) -> None:
+    def write(self, summary: dict[str, Any], model: nn.Module) -> None:
+        """The model, what it cost, and last the picture, which can be drawn again from metrics.jsonl."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
+        text = json.dumps(finite, indent=2, allow_nan=False) + "\n"
         self._metrics.close()
         self._whole("model.pt", lambda file: torch.save(model.state_dict(), file))
-        self._whole("curves.png", lambda file: draw(history, summary, file))
-        self._whole("report.json", lambda file: file.write(json.dumps(summary, indent=2).encode() + b"\n"))
+        self._whole("report.json", lambda file: file.write(text.encode()))
+        self._whole("curves.png", lambda file: draw(self._history, summary, file))
 
     def _whole(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         partial = self.folder / f".{name}.partial"
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(self.folder / name)
+        try:
+            with open(partial, "wb") as file:
+                content = io.BytesIO()
+                write(content)
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.rename(self.folder / name)
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # the name, too
+            finally:
+                os.close(folder)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise ArgumentError(
+                "output", str(self.folder), f"a folder with room for {name} ({error.strerror})"
+            ) from error
 
 
 def draw(history: list[dict[str, float]], summary: dict[str, Any], file: IO[bytes]) -> None:
@@ -152,18 +189,20 @@ def draw(history: list[dict[str, float]], summary: dict[str, Any], file: IO[byte
         axes.plot(epochs, [m[key] for m in history], marker=".")
         axes.set(xlabel="epoch", title=label)
         axes.grid(alpha=0.3)
-    note = "" if summary["private"] else "  NOT PRIVATE (seeded)"
+    note = "" if summary["private"] else "  NOT PRIVATE"
     figure.suptitle(f"{summary['data']}, {summary['model']}: evaluation table, not covered by ε{note}", fontsize=10)
     figure.savefig(file, format="png", dpi=110)
 
 
-def print_summary(summary: dict[str, Any], folder: Path) -> None:
+def print_summary(summary: dict[str, Any]) -> None:
     """The table at the end of a run."""
     shown = {
         "accuracy *": f"{summary['accuracy']:.4f}",
         "AUC *": f"{summary['auc']:.4f}",
         "log-loss *": f"{summary['log_loss']:.4f}",
-        "ε": f"{summary['epsilon']:.4f} ({summary['accountant']})",
+        "ε": "infinite: NOT PRIVATE"
+        if summary["epsilon"] is None
+        else f"{summary['epsilon']:.4f} ({summary['accountant']})",
         "δ": f"{summary['delta']:g}",
         "noise multiplier": f"{summary['noise_multiplier']:.4f}",
         "sample rate": "none: shuffled" if summary["sample_rate"] is None else f"{summary['sample_rate']:.5f}",
@@ -176,9 +215,10 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     table = Table(show_header=False, title=f"{summary['data']}, {summary['model']}", title_justify="left")
     for name, value in shown.items():
         table.add_row(name, value)
-    console = Console(file=sys.stdout)
-    console.print(table)
-    console.print("* on the evaluation table; not covered by ε", highlight=False)
-    for line in summary["assumptions"]:
-        console.print(line, highlight=False)
-    console.print(f"written to {folder}", highlight=False, soft_wrap=True)
+    console = Console()
+    with console.capture() as captured:
+        console.print(table)
+        console.print("* on the evaluation table; not covered by ε", highlight=False)
+        for line in summary["assumptions"]:
+            console.print(line, highlight=False)
+    say(captured.get().rstrip("\n"))

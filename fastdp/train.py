@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
+import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,9 +28,20 @@ import fastdp
 from fastdp import data, report
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, require
-from fastdp.job import end_all_ranks, together, usage_error
+from fastdp.job import INTERRUPTED, end_all_ranks, interrupted, together, usage_error
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.sampling import PrivateLoader
+
+
+def _whole(type_: Any, tokens: Sequence[cyclopts.Token]) -> int:
+    """An integer as it stands: 1.5 epochs are not rounded to 2."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"{tokens[0].value!r} is not an integer") from None
+
+
+Whole = Annotated[int, Parameter(converter=_whole)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +58,9 @@ class Options:
     "Probability with which the guarantee may fail; well below 1/n."
     noise_multiplier: float | None = None
     "Noise standard deviation over max_grad_norm, instead of a target epsilon."
-    epochs: int = 20
+    epochs: Whole = 20
     "Expected passes over the training table."
-    batch_size: int = 1024
+    batch_size: Whole = 1024
     "Expected records per step, over all ranks."
     max_grad_norm: float = 4.0
     "Bound on each record's gradient norm."
@@ -65,7 +78,7 @@ class Options:
     "Algorithm that sums gradients over ranks."
     timeout: float = 60.0
     "Seconds that a rank waits for the others before it gives up with an error."
-    seed: int | None = None
+    seed: Annotated[int | None, Parameter(converter=_whole)] = None
     "For tests: reproducible and therefore NOT private."
     output: Path | None = None
     "Folder for report.json, metrics.jsonl, model.pt and curves.png; runs/DATA-TIME if not given."
@@ -101,6 +114,9 @@ def check_options(options: Options) -> None:
     require(options.epochs >= 1, "epochs", options.epochs, ">= 1")
     require(0 < options.lr < float("inf"), "lr", options.lr, "finite and > 0")
     require(0 <= options.momentum < 1, "momentum", options.momentum, "in [0, 1)")
+    require(options.max_grad_norm != 0, "max_grad_norm", options.max_grad_norm, "> 0: at 0 nothing is learned")
+    seeded = options.seed is not None
+    require(not seeded or 0 <= (options.seed or 0) < 2**63, "seed", options.seed, "in [0, 2^63)")
     both = options.target_epsilon is not None and options.noise_multiplier is not None
     require(not both, "noise_multiplier", options.noise_multiplier, "absent when target_epsilon is given")
 
@@ -159,19 +175,32 @@ def make_run(options: Options, comm: Communicator, table: data.Table) -> Run:
 
 def make_output(options: Options, comm: Communicator) -> report.Output | None:
     """The folder of results; on rank 0 only."""
-    now = f"{datetime.datetime.now():%Y-%m-%dT%H-%M-%S}"
+    now = f"{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"[:-3]
     return report.Output(options.output or Path("runs") / f"{options.data}-{now}") if comm.rank == 0 else None
 
 
-def train(run: Run, output: report.Output | None) -> None:
-    """The training loop: forward, one backward, one private step; evaluation after each epoch on rank 0."""
+def announce(options: Options, comm: Communicator, table: data.Table) -> None:
+    """Before the noise is calibrated, which takes seconds."""
+    if comm.rank == 0:
+        report.say(
+            f"{options.data}: {len(table.train_labels):,} training records, {options.model}, "
+            f"{comm.size} {'rank' if comm.size == 1 else 'ranks'}; preparing the noise ..."
+        )
+        if options.delta >= 1 / len(table.train_labels):
+            report.say(f"warning: delta={options.delta:g} is not below 1/n: it allows a whole record to be published")
+
+
+def train(run: Run, output: report.Output | None) -> dict[str, Any]:
+    """The training loop: forward, one backward, one private step; evaluation after each epoch. Returns the summary.
+
+    All ranks evaluate, though rank 0 alone speaks: it would keep the others waiting, and their patience has an end.
+    """
     options, model, optimizer, loader = run.options, run.model, run.optimizer, run.loader
     steps = options.epochs * len(loader)
     progress = report.Progress(output is not None, steps, options.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 1.0 - step / steps if options.lr_schedule == "linear" else 1.0
     )
-    history: list[dict[str, float]] = []
     seconds = 0.0
     with progress:
         for epoch in range(1, options.epochs + 1):
@@ -183,18 +212,24 @@ def train(run: Run, output: report.Output | None) -> None:
                 schedule.step()
                 progress.advance()
             seconds += time.perf_counter() - started
+            metrics = {
+                "epoch": epoch,
+                "step": optimizer.steps,
+                "epsilon": run.engine.get_epsilon(options.delta),
+                **report.evaluate(model, run.table.test_features, run.table.test_labels),
+            }
             if output is not None:
-                spent = run.engine.get_epsilon(options.delta)
-                history.append(
-                    {"epoch": epoch, "step": optimizer.steps, "epsilon": spent}
-                    | report.evaluate(model, run.table.test_features, run.table.test_labels)
-                )
-                output.append_metrics(history[-1])
-                progress.epoch(history[-1], seconds / optimizer.steps)
+                output.append_metrics(metrics)
+            progress.epoch(metrics, seconds / optimizer.steps)
+    return summarise(run, metrics, seconds)
+
+
+def finish(run: Run, output: report.Output | None, summary: dict[str, Any]) -> None:
+    """Results to the screen first: the files may not fit on the disk."""
     if output is not None:
-        summary = summarise(run, history[-1], seconds)
-        output.write(summary, history, model)
-        report.print_summary(summary, output.folder)
+        report.print_summary(summary)
+        output.write(summary, run.model)
+        report.say(f"report.json, metrics.jsonl, model.pt and curves.png are in {output.folder}")
 
 
 def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any]:
@@ -206,19 +241,25 @@ def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any
         "accuracy": last["accuracy"],
         "auc": last["auc"],
         "log_loss": last["log_loss"],
-        "epsilon": last["epsilon"],
+        "epsilon": last["epsilon"] if math.isfinite(last["epsilon"]) else None,  # JSON knows no infinity
         "delta": options.delta,
         "noise_multiplier": plan.noise_multiplier,
         "max_grad_norm": plan.max_grad_norm,
         "sample_rate": plan.sample_rate if plan.poisson_sampling else None,
         "steps": steps,
         "epochs": options.epochs,
+        "batch_size": plan.batch_size,
+        "training_records": plan.dataset_size,
+        "evaluation_records": len(run.table.test_labels),
+        "lr": options.lr,
+        "lr_schedule": options.lr_schedule,
+        "momentum": options.momentum,
         "seconds_per_epoch": seconds / options.epochs,
         "records_per_second": steps * plan.batch_size / seconds,
         "ranks": run.comm.size,
         "all_reduce": run.comm.algorithm if run.comm.size > 1 else None,
         "accountant": options.accountant,
-        "private": options.seed is None,
+        "private": options.seed is None and math.isfinite(last["epsilon"]),
         "assumptions": run.engine.assumptions(),
         "evaluation": "accuracy, auc and log_loss are of the evaluation table and not covered by epsilon",
         "data": options.data,
@@ -230,7 +271,7 @@ def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any
 
 HELP = "Train a differentially private model on a table, alone or under mpirun."
 
-app = cyclopts.App(name="fastdp.train", help=HELP, version=fastdp.__version__)
+app = cyclopts.App(name="fastdp.train", help=HELP, version=fastdp.__version__, suppress_keyboard_interrupt=False)
 
 
 @app.default
@@ -239,12 +280,20 @@ def run_from_options(*, options: Annotated[Options, Parameter(name="*")] = Optio
         comm = fastdp.comm.init(timeout=options.timeout, algorithm=options.all_reduce)
     except ArgumentError as error:
         return usage_error(error)
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
+    run: Run | None = None
     try:
         table = together(comm, lambda: load_table(options))
-        run = together(comm, lambda: make_run(options, comm, table))
+        announce(options, comm, table)
+        run = made = together(comm, lambda: make_run(options, comm, table))
         output = together(comm, lambda: make_output(options, comm))
-        train(run, output)
+        summary = train(made, output)
+        together(comm, lambda: finish(made, output, summary))
+    except KeyboardInterrupt:
+        steps = 0 if run is None else run.optimizer.steps
+        spent = 0.0 if run is None else run.engine.get_epsilon(options.delta)
+        return interrupted(comm, f"after {steps} steps, which cost epsilon={spent:.4f}; no model was written")
     except Exception:
         end_all_ranks(comm)
         raise
@@ -258,17 +307,30 @@ def read_config(
         Path | None, Parameter(help="TOML file of options, `batch_size = 1024`; the command line wins.")
     ] = None,
 ) -> Any:
-    app.config = () if config is None else (cyclopts.config.Toml(config, must_exist=True),)
-    return app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    if config is not None:
+        require(config.is_file(), "config", str(config), "a TOML file")
+        app.config = (cyclopts.config.Toml(config, must_exist=True),)
+    return app(arguments, **HANDLED_HERE)
+
+
+# Errors and interrupts come to main, not to the library's panels.
+HANDLED_HERE: dict[str, Any] = {
+    "exit_on_error": False,
+    "print_error": False,
+    "result_action": "return_value",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     app.config = ()  # of an earlier call in this process
+    report.print_what_can_be_printed()
     try:
-        result = app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        result = app.meta(arguments, **HANDLED_HERE)
         return result if isinstance(result, int) else 0
-    except (cyclopts.CycloptsError, CommError, FileNotFoundError) as error:
+    except (cyclopts.CycloptsError, ArgumentError, CommError) as error:
         return usage_error(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
@@ -96,6 +96,7 @@ finite_or_not = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
 @settings(max_examples=300, deadline=None)
+@example(np.full((1, 1), 6.5626e19, np.float32), 1e-20)  # a subnormal factor once let 1.000005 C through
 @given(
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=20), elements=finite_or_not),
     st.one_of(st.just(0.0), st.floats(1e-20, 1e20)),

@@ -253,7 +253,7 @@ def test_a_mask_that_counts_all_records_passes() -> None:
 
 
 def test_what_the_loop_does_before_the_model_is_probed() -> None:
-    with pytest.raises(PrivacyError, match="0: its input for a record depends"):
+    with pytest.raises(PrivacyError, match="layer '0': its input for a record depends"):
         run(mlp(), F.cross_entropy, prepare=lambda x: (x - x.mean(0)) / x.std(0))
     run(mlp(), F.cross_entropy, prepare=lambda x: (x - 0.5) / 2)
 
@@ -271,7 +271,7 @@ class SequenceFirst(nn.Module):
 
 
 def test_layers_whose_rows_are_not_records_are_refused() -> None:
-    with pytest.raises(PrivacyError, match="layer: "):
+    with pytest.raises(PrivacyError, match="layer 'layer': "):
         run(SequenceFirst(), F.cross_entropy)
 
 

@@ -35,3 +35,7 @@ def test_noise_has_the_variance_of_one_draw(facts: dict[int, dict], ranks: int) 
 
 def test_some_ranks_had_nothing_to_do(facts: dict[int, dict]) -> None:
     assert facts[4]["empty_slices"] > 5
+
+
+def test_ranks_with_different_plans_are_found_at_start() -> None:
+    assert launch.run("plans.py", ranks=2).count("done: rank") == 2

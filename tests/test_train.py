@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,12 @@ import pytest
 import torch
 from mpi import launch
 
-from fastdp import data, report, train
+from fastdp import ArgumentError, data, report, train
 
 
-def train_cli(*arguments: str, ranks: int = 0, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def train_cli(
+    *arguments: str, ranks: int = 0, timeout: float = 120, **environ: str
+) -> subprocess.CompletedProcess[str]:
     """`python -m fastdp.train`, under mpirun if ranks > 0."""
     prefix = []
     if ranks:
@@ -24,7 +28,7 @@ def train_cli(*arguments: str, ranks: int = 0, timeout: float = 120) -> subproce
         if mpirun is None:
             pytest.skip("no mpirun")
         prefix = [mpirun, *(["--oversubscribe"] if launch.is_open_mpi() else []), "-n", str(ranks)]
-    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    environment = os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} | environ
     return subprocess.run(
         [*prefix, sys.executable, "-m", "fastdp.train", *arguments],
         capture_output=True,
@@ -125,12 +129,16 @@ BAD = {
     "timeout=-1.0": ["--timeout=-1"],
     "model='mlp:0': must be mlp:H1,H2": ["--model", "mlp:0"],
     "model='cnn'": ["--model", "cnn"],
-    "seed=-1": ["--seed=-1"],
+    "seed=-1: must be in [0, 2^63)": ["--seed=-1"],
+    "seed=99999999999999999999: must be in": ["--seed", "99999999999999999999"],
+    "'1.5' is not an integer": ["--epochs", "1.5"],
+    "max_grad_norm=0.0: must be > 0": ["--max-grad-norm", "0"],
+    "config='/dev': must be a TOML file": ["--config", "/dev"],
     "output='/dev/null/x': must be a folder that can be written to": ["--output", "/dev/null/x"],
     "--bogus": ["--bogus", "1"],
     "--epochs": ["--epochs", "many"],
     "--all-reduce": ["--all-reduce", "carrier-pigeon"],
-    "missing.toml": ["--config", "missing.toml"],
+    "config='missing.toml': must be a TOML file": ["--config", "missing.toml"],
 }
 
 
@@ -155,7 +163,86 @@ def test_status_2_reaches_the_shell() -> None:
         done = train_cli("--target-epsilon", "0", ranks=ranks)
         assert done.returncode == 2
         assert done.stderr == "fastdp.train: error: target_epsilon=0.0: must be finite and > 0\n"
-        assert done.stdout == ""
+        assert done.stdout.count("\n") <= 1  # which table, how many ranks; before the noise is calibrated
+
+
+FILES = ["curves.png", "metrics.jsonl", "model.pt", "report.json"]
+
+
+def test_a_terminal_without_greek_letters_costs_no_results(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = train_cli("--epochs", "1", "--output", str(output), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "epoch 1  step 32/32  ? " in done.stdout
+    assert sorted(p.name for p in output.iterdir()) == FILES
+
+
+def test_a_reader_who_leaves_costs_no_results(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "fastdp.train", "--epochs", "2", "--output", str(output)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.readline()
+        run.stdout.close()
+        errors = run.stderr.read()
+        assert run.wait(timeout=120) == 0, errors
+    assert sorted(p.name for p in output.iterdir()) == FILES
+
+
+def test_a_run_without_noise_is_valid_json_and_not_private(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    done = train_cli("--epochs", "1", "--noise-multiplier", "0", "--delta", "0.1", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    assert "NOT PRIVATE: no noise is added" in done.stdout and "warning: delta=0.1 is not below 1/n" in done.stdout
+    summary = json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)
+    assert summary["epsilon"] is None and summary["private"] is False
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_ctrl_c_says_what_was_spent(ranks: int, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    prefix = [launch.find_mpirun() or pytest.skip("no mpirun"), "-n", str(ranks)] if ranks else []
+    command = [*prefix, sys.executable, "-m", "fastdp.train", "--epochs", "5000", "--noise-multiplier", "20"]
+    with subprocess.Popen(
+        [*command, "--output", str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        while not run.stdout.readline().startswith("epoch 2"):
+            assert run.poll() is None
+        os.killpg(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode != 0
+    if ranks == 0:
+        assert run.returncode == 130
+        assert re.search(r"interrupted after \d+ steps, which cost epsilon=0\.\d+; no model was written", errors)
+        assert "Traceback" not in errors
+    assert [p.name for p in output.iterdir()] == ["metrics.jsonl"]
+
+
+def test_slow_evaluation_does_not_exhaust_the_peers_patience(tmp_path: Path) -> None:
+    done = launch.start("train_slow_evaluation.py", str(tmp_path / "out"), ranks=2, timeout=100)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = report.Output(tmp_path / "out")
+    output.append_metrics({"epoch": 1, "step": 1, "epsilon": 0.1, "accuracy": 0.5, "auc": 0.5, "log_loss": 0.7})
+    sizes: list[int] = []
+
+    def full(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        if len(sizes) == 3:  # model.pt, its folder, then report.json
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ArgumentError, match=r"a folder with room for report.json \(No space left on device\)"):
+        output.write({"delta": 1e-5, "data": "d", "model": "m", "private": True}, torch.nn.Linear(2, 1))
+    assert sorted(p.name for p in output.folder.iterdir()) == ["metrics.jsonl", "model.pt"]
 
 
 def test_an_output_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
