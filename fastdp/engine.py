@@ -42,6 +42,9 @@ class PrivacyEngine:
         self.plan: Plan | None = None
         self._dimension = 0
 
+    def __repr__(self) -> str:
+        return f"<fastdp.PrivacyEngine: {self.plan or 'make_private not called yet'}>"
+
     def make_private(
         self,
         *,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 
 from fastdp.errors import require
 
@@ -31,6 +32,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         n, sigma, c = self.dataset_size, self.noise_multiplier, self.max_grad_norm
+        require(isinstance(n, numbers.Integral), "dataset_size", n, "an int")
+        for name in ("noise_multiplier", "max_grad_norm"):
+            require(isinstance(getattr(self, name), numbers.Real), name, getattr(self, name), "a number")
         require(n >= 1, "dataset_size", n, ">= 1")
         require(1 <= self.batch_size <= n, "batch_size", self.batch_size, f"in [1, dataset_size={n}]")
         require(0.0 <= sigma < math.inf, "noise_multiplier", sigma, "finite and >= 0")

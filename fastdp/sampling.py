@@ -81,6 +81,9 @@ class PrivateLoader:
         self.on_batch: Callable[[Any, int], Any] = lambda batch, rows: batch  # sees each batch before the loop does
         self._loader = loader
 
+    def __repr__(self) -> str:
+        return f"<fastdp.PrivateLoader: {len(self)} steps an epoch, {self.batch_size} expected records a step>"
+
     def __len__(self) -> int:
         return self.sampler.plan.steps_per_epoch
 

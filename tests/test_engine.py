@@ -428,6 +428,9 @@ def test_optimizer_and_module_must_match() -> None:
     [
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: must be finite and >= 0"),
         ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0"),
+        ({"max_grad_norm": "1"}, "max_grad_norm='1': must be a number"),
+        ({"noise_multiplier": torch.tensor(1.0)}, "noise_multiplier=tensor(1.): must be a number"),
+        ({"dataset_size": 100.5}, "dataset_size=100.5: must be an int"),
         ({"batch_size": 61}, "batch_size=61: must be in"),
         ({"clipping": "per_layer"}, "clipping='per_layer'"),
         ({"loss_reduction": "none"}, "loss_reduction='none'"),

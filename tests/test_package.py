@@ -6,13 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from mpi import launch
 
 import fastdp
 from fastdp import _kernels, _mpi  # type: ignore[attr-defined]
 
-README = Path(__file__).parent.parent / "README.md"
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+LOOP, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_one_version() -> None:
@@ -30,14 +34,25 @@ def test_import_is_light() -> None:
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL))
-def test_readme_examples_run(example: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), names)
-    if "engine" in names:
-        assert 2.98 < float(capsys.readouterr().out) <= 3.0
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_readme_loop_alone_and_under_mpirun(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(LOOP, encoding="utf-8")
+    if ranks == 1:
+        subprocess.run([sys.executable, "script.py"], timeout=60, check=True)
+        printed = capfd.readouterr().out
     else:
-        assert names["noisy"].shape == (10_000,)  # type: ignore[attr-defined]
+        printed = launch.run(str(tmp_path / "script.py"), ranks=ranks)
+    assert 2.98 < float(printed) <= 3.0
+    assert set(torch.load("model.pt")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+def test_the_readme_calls_the_kernels() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(KERNELS, "README.md", "exec"), names)
+    assert names["noisy"].shape == (10_000,) and names["sq"].shape == (256,)
 
 
 def test_public_names() -> None:

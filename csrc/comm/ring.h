@@ -118,10 +118,11 @@ void ring_all_reduce(Transport& transport, Wait& wait, T* data, std::size_t coun
       wait.progressed();
     } else {
       wait.pause([&] {
-        return received < posted ? "rank " + std::to_string(previous) + " sent nothing (segment " +
-                                       std::to_string(received) + " of " + std::to_string(total_receives) + ")"
-                                 : "rank " + std::to_string(next) + " took nothing (segment " + std::to_string(sent) +
-                                       " of " + std::to_string(total_sends) + ")";
+        return received < posted
+                   ? "rank " + std::to_string(previous) + " sent nothing (segment " + std::to_string(received) +
+                         " of " + std::to_string(total_receives) + "; it may itself be waiting for another rank)"
+                   : "rank " + std::to_string(next) + " took nothing (segment " + std::to_string(sent) + " of " +
+                         std::to_string(total_sends) + ")";
       });
     }
   }

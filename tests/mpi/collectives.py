@@ -53,6 +53,15 @@ def check_order(c: comm.Communicator) -> None:
             assert torch.equal(results[0], ring_sum(c.size, count, dtype)), (c, count, dtype)
 
 
+def check_library(c: comm.Communicator, mpi_comm: MPI.Intracomm) -> None:
+    """algorithm="mpi" is MPI's own sum, whose order on 8 ranks is not the ring's."""
+    mine = rough(c.rank, 1000, torch.float32)
+    library = torch.empty_like(mine)
+    mpi_comm.Iallreduce(mine.numpy(), library.numpy()).Wait()
+    assert torch.equal(c.all_reduce(mine, algorithm="mpi"), library)
+    assert c.size < 8 or not torch.equal(mine, ring_sum(c.size, 1000, torch.float32))
+
+
 def check_broadcast(c: comm.Communicator, segment_bytes: int) -> None:
     for root in range(c.size):
         for count in (0, 1, 10, 1000):
@@ -95,6 +104,7 @@ def main() -> None:
             check_all_reduce(c, segment_bytes)
             check_broadcast(c, segment_bytes)
         check_order(c)
+        check_library(c, mpi_comm)
         check_rest(c)
         if c.rank == 0:
             print(f"done: {c.size} ranks", flush=True)

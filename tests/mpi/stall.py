@@ -76,6 +76,22 @@ def interrupted() -> None:
         expect_failure(c, c.barrier, "rank 2 did not call it")
 
 
+def interrupted_while_it_moves() -> None:
+    """Ctrl-C ends a transfer that never stalls: in the middle, or the communicator would be as good as new."""
+    MPI.COMM_WORLD.Barrier()
+    c = comm.init(timeout=TIMEOUT, segment_bytes=8)
+    x = torch.zeros(4_000_000)  # 2.7 million messages
+    c.barrier()
+    if c.rank == 0:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            c.all_reduce(x)
+        with pytest.raises(CommError, match=r"failed before: .*interrupted by a signal"):
+            c.barrier()
+    else:
+        expect_failure(c, lambda: c.all_reduce(x), r"rank \d (sent|took) nothing")
+
+
 def cut_off(signal_number: int, algorithm: str) -> None:
     """Rank 1 stops in the middle of large all-reduces. MPI may notice a death before the timeout."""
     c = comm.init(timeout=TIMEOUT)
@@ -91,6 +107,8 @@ _, folder, *case = sys.argv
 if case == ["late"]:
     late()
     interrupted()
+    interrupted_while_it_moves()
 else:
     cut_off(getattr(signal, case[0]), case[1])
 Path(folder, f"rank {MPI.COMM_WORLD.rank}").write_text("\n".join(seen))
+time.sleep(3 * TIMEOUT)  # the end of one rank ends the job
