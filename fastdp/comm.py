@@ -167,6 +167,7 @@ class Communicator:
         """End all ranks at once with exit status `code`; does not return."""
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(0.5)  # MPICH's launcher drops what it has not relayed yet when a rank aborts
         self._mpi_comm.Abort(code)
         os._exit(code)  # MPICH's Abort may return while the launcher is still at work, and the caller would go on
 

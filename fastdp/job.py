@@ -41,8 +41,7 @@ def end_all_ranks(comm: Communicator) -> None:
         return
     if comm.rank != 0:
         time.sleep(3.0)  # where all ranks fail alike, rank 0 speaks; the others are ended before they wake
-    print(f"rank {comm.rank} of {comm.size}:", file=sys.stderr)
-    traceback.print_exc()
+    print(f"rank {comm.rank} of {comm.size}:\n{traceback.format_exc()}", end="", file=sys.stderr)
     comm.abort(1)
 
 
