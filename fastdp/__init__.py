@@ -15,10 +15,22 @@ if not any((Path(__file__).parent / f"_kernels{suffix}").exists() for suffix in 
 from fastdp import _kernels, accounting, comm, ops
 from fastdp.engine import PrivacyEngine
 from fastdp.errors import ArgumentError, CommError, PrivacyError
+from fastdp.rules import fix, validate
 
 try:
     __version__ = version("fastdp")
 except PackageNotFoundError:  # run from a build tree
     __version__ = _kernels.__version__
 
-__all__ = ["ArgumentError", "CommError", "PrivacyEngine", "PrivacyError", "__version__", "accounting", "comm", "ops"]
+__all__ = [
+    "ArgumentError",
+    "CommError",
+    "PrivacyEngine",
+    "PrivacyError",
+    "__version__",
+    "accounting",
+    "comm",
+    "fix",
+    "ops",
+    "validate",
+]

@@ -1,7 +1,7 @@
 """The sum of clipped per-sample gradients, from what the layers kept, straight into one flat buffer.
 
-The norm over all parameters first (ghost norms, without the gradients), then one matrix product per weight:
-(factor * b)^T a.
+The norm over all parameters first, then the sum. For linear layers the norms come without the gradients ("ghost norms")
+and the sum is one matrix product per weight, (factor * b)^T a. For other modules the per-sample gradients are formed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastdp import native
 from fastdp.errors import PrivacyError
-from fastdp.layers import Use
+from fastdp.layers import LinearUse
+from fastdp.persample import Call
 
 # A record's rounded products may exceed its norm by 2^-23 of the sum of their lengths when they cancel (sequences).
 ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51}
@@ -45,32 +46,50 @@ class GradientSum:
         self.views: dict[Tensor, Tensor] = {
             s.param: self.flat[s.offset : s.offset + s.numel].view(s.param.shape) for s in spans
         }
+        self.whole = True  # not in the middle of being filled
         self._max_grad_norm = max_grad_norm
         self._scratch: dict[Tensor, Tensor] = {}
 
-    def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float) -> None:
-        """Overwrite the buffer with the clipped sum over this rank's records.
+    def fill(self, uses: list[LinearUse | Call], rows: int, real_rows: int, scale: float, add: bool) -> None:
+        """Overwrite the buffer with the clipped sum over this rank's records, or add it to what is there.
 
         rows: records in the batch as the model saw it; real_rows: 0 if it was the stand-in of an empty batch.
         scale: what the loss divided each record's gradient by (the row count for a mean).
         """
-        weights, paired, lone = _group(uses, self.views, rows, self.dtype)
-        factors, zeros = self._factors(weights, paired, lone, rows, scale)
+        if add and not self.whole:
+            raise PrivacyError("a piece of this batch failed while it was added: the batch cannot be continued")
+        for use in uses:
+            use.check_unchanged()
+        formed, linear = _formed(uses, self.views, rows, self.dtype)
+        weights, paired, lone = _group(linear, self.views, rows, self.dtype)
+        factors, zeros = self._factors(formed, weights, paired, lone, rows, scale)
         if real_rows == 0:
             factors.zero_()
             zeros = rows
-        for p in self.views.keys() - weights.keys() - lone.keys() - set(paired.values()):
-            self.views[p].zero_()
+        self.whole = False
+        if not add:
+            for p in self.views.keys() - weights.keys() - lone.keys() - set(paired.values()):
+                self.views[p].zero_()
         for p, (a, b) in weights.items():
-            scaled = self._scaled(p, b, factors, self.views[paired[p]] if p in paired else None)
+            scaled = self._scaled(p, b, factors, self.views[paired[p]] if p in paired else None, add)
             if zeros:  # selected, not multiplied by 0: a may hold NaN too
                 a = a.masked_fill((factors == 0.0).view(-1, *[1] * (a.dim() - 1)), 0.0)
-            torch.mm(scaled.t(), a if a.dim() == 2 else a.flatten(0, 1), out=self.views[p])
+            a = a if a.dim() == 2 else a.flatten(0, 1)
+            if add:
+                self.views[p].addmm_(scaled.t(), a)
+            else:
+                torch.mm(scaled.t(), a, out=self.views[p])
         for p, b in lone.items():
-            self._scaled(p, b, factors, self.views[p])
+            self._scaled(p, b, factors, self.views[p], add)
+        for p, g in formed.items():
+            if zeros:
+                g = g.masked_fill_((factors == 0.0)[:, None], 0.0)
+            self.views[p].view(-1).addmv_(g.t(), factors.to(self.dtype))
+        self.whole = True
 
     def _factors(
         self,
+        formed: dict[Tensor, Tensor],
         weights: dict[Tensor, tuple[Tensor, Tensor]],
         paired: dict[Tensor, Tensor],
         lone: dict[Tensor, Tensor],
@@ -80,6 +99,8 @@ class GradientSum:
         """scale * min(1, C / (scale * norm)) of each record, and how many of them are 0."""
         sq = torch.zeros(rows, dtype=torch.float64)
         slack: Tensor | None = None
+        for g in formed.values():
+            sq += native.sq_norms(g)
         for p, (a, b) in weights.items():
             native.add_linear_sq_norms(a, b, p in paired, sq)
             if a.dim() == 3:
@@ -92,8 +113,8 @@ class GradientSum:
             sq = (sq.sqrt() + ROUNDING[self.dtype] * slack).square()
         return native.clip_factors(sq, self.dtype, scale, self._max_grad_norm)
 
-    def _scaled(self, p: Tensor, b: Tensor, factors: Tensor, sums: Tensor | None) -> Tensor:
-        """factors * b as a matrix [B T, O], in memory kept from step to step; its column sums into `sums`."""
+    def _scaled(self, p: Tensor, b: Tensor, factors: Tensor, sums: Tensor | None, add: bool) -> Tensor:
+        """factors * b as a matrix [B T, O], in memory kept from step to step; its column sums into or onto `sums`."""
         if b.dim() == 3:
             factors = factors.repeat_interleave(b.shape[1])
             b = b.flatten(0, 1)
@@ -102,7 +123,12 @@ class GradientSum:
             # A quarter more than asked for: Poisson batches grow past their first size again and again.
             scratch = self._scratch[p] = torch.empty(len(b) * 5 // 4 + 1, b.shape[1], dtype=self.dtype)
         scaled = scratch[: len(b)]
-        native.scale_rows(b, factors, scaled, sums)
+        if sums is None or not add:
+            native.scale_rows(b, factors, scaled, sums)
+        else:
+            part = torch.empty_like(sums)
+            native.scale_rows(b, factors, scaled, part)
+            sums += part
         return scaled
 
 
@@ -111,24 +137,58 @@ def _lengths(x: Tensor) -> Tensor:
     return norms
 
 
+def _formed(
+    uses: list[LinearUse | Call], managed: Container[Tensor], rows: int, dtype: torch.dtype
+) -> tuple[dict[Tensor, Tensor], list[LinearUse]]:
+    """Per-sample gradients [rows, numel] of the parameters that a module other than a linear layer used, and the uses
+    that have nothing to do with those.
+
+    What linear layers add to such a parameter is formed as well, since per-sample gradients are summed before the norm.
+    """
+    formed: dict[Tensor, Tensor] = {}
+
+    def add(p: Tensor | None, g: Tensor) -> None:
+        if p is not None and p in managed:
+            formed[p] = formed[p] + g if p in formed else g
+
+    for call in uses:
+        if isinstance(call, Call):
+            for p, g in call.unit.gradients(call, rows).items():
+                add(p, g)
+    linear = [u for u in uses if isinstance(u, LinearUse)]
+    # A layer of which one parameter is formed has the other formed too, which further layers may share.
+    while touched := [u for u in linear if u.weight in formed or u.bias in formed]:
+        linear = [u for u in linear if u not in touched]
+        for use in touched:
+            _check_use(use, rows, dtype)
+            a, b = (x.reshape(rows, -1, x.shape[-1]) for x in (use.a, use.b))
+            add(use.weight, torch.bmm(b.transpose(1, 2), a).flatten(1))
+            add(use.bias, b.sum(1))
+    return formed, linear
+
+
+def _check_use(use: LinearUse, rows: int, dtype: torch.dtype) -> None:
+    """Raise PrivacyError unless the shapes and types are those of one record a row, in the parameters' type."""
+    if use.a.dim() < 2 or use.a.shape[0] != rows:
+        raise PrivacyError(f"{use.layer}: the first dimension of its input is not the batch's records, one each")
+    if use.a.dtype != dtype or use.b.dtype != dtype:
+        raise PrivacyError(
+            f"{use.layer}: input {use.a.dtype}, output gradient {use.b.dtype}: must be {dtype} as its parameters "
+            "(no autocast in this version)"
+        )
+
+
 def _group(
-    uses: list[Use], managed: Container[Tensor], rows: int, dtype: torch.dtype
+    uses: list[LinearUse], managed: Container[Tensor], rows: int, dtype: torch.dtype
 ) -> tuple[dict[Tensor, tuple[Tensor, Tensor]], dict[Tensor, Tensor], dict[Tensor, Tensor]]:
     """(a, b) of each weight, the bias that was used with it every time, and b of each bias without such a weight.
 
     Joined over all uses: the per-sample gradients of a parameter used more than once are summed before the norm.
     """
-    weight_uses: dict[Tensor, list[Use]] = {}
-    bias_uses: dict[Tensor, list[Use]] = {}
+    weight_uses: dict[Tensor, list[LinearUse]] = {}
+    bias_uses: dict[Tensor, list[LinearUse]] = {}
     for use in uses:
-        assert use.b is not None
-        if use.a.dim() < 2 or use.a.shape[0] != rows:
-            raise PrivacyError(f"{use.layer}: the first dimension of its input is not the batch's records, one each")
-        if use.a.dtype != dtype or use.b.dtype != dtype:
-            raise PrivacyError(
-                f"{use.layer}: input {use.a.dtype}, output gradient {use.b.dtype}: must be {dtype} as its parameters "
-                "(no autocast in this version)"
-            )
+        _check_use(use, rows, dtype)
         if use.weight in managed:
             weight_uses.setdefault(use.weight, []).append(use)
         if use.bias is not None and use.bias in managed:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fastdp import accounting, layers
+from fastdp import accounting, layers, rules
 from fastdp.clipping import GradientSum, Span
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, require
@@ -63,10 +63,12 @@ class PrivacyEngine:
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateLoader]:
         """Make `optimizer.step()` a step of DP-SGD (Abadi et al. 2016, arXiv:1607.00133); the loop stays as it is.
 
-        module: comes back as itself, with hooks; nn.Linear is the only kind with parameters that is supported yet.
+        module: comes back as itself, with hooks; `fastdp.validate(module)` lists what each part of it will use.
         data_loader: a plain DataLoader; its `batch_size` is the expected size of the Poisson batches over all ranks.
         noise_multiplier: noise standard deviation over max_grad_norm. max_grad_norm: bound on a record's gradient.
         loss_reduction: whether the loss is the mean or the sum over the batch's records.
+        max_physical_batch_size: records that a rank runs at once. A larger batch comes in pieces, one iteration of the
+            loop each; `optimizer.step()` steps at the last one, and `optimizer.is_accumulating` is True before it.
         dataset_size: a public n for the sampling rate; None takes len(dataset) and treats it as public.
         comm: ranks that train together, all calling this with the same arguments; parameters start as rank 0's.
 
@@ -75,7 +77,7 @@ class PrivacyEngine:
         """
         records, batch_size = self._check(data_loader, clipping, loss_reduction, max_physical_batch_size, secure_mode)
         plan = self._plan(records, batch_size, dataset_size, noise_multiplier, max_grad_norm, poisson_sampling, None)
-        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, comm)
+        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, max_physical_batch_size, comm)
 
     def make_private_with_epsilon(
         self,
@@ -121,7 +123,7 @@ class PrivacyEngine:
                 f"> {2 * tail:.2g}, twice what the noise's cut tails use up at noise multiplier {sigma:.3g}",
             )
         plan = self._plan(records, batch_size, dataset_size, sigma, max_grad_norm, poisson_sampling, steps)
-        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, comm)
+        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, max_physical_batch_size, comm)
 
     def get_epsilon(self, delta: float) -> float:
         """Upper bound on the epsilon spent so far at `delta`, the noise's cut tails included; 0.0 before any step."""
@@ -145,12 +147,9 @@ class PrivacyEngine:
         require(self.plan is None, "make_private", "called twice", "called once per engine: one run, one ledger")
         require(clipping == "flat", "clipping", clipping, "'flat' in this version")
         require(loss_reduction in ("mean", "sum"), "loss_reduction", loss_reduction, "'mean' or 'sum'")
-        require(
-            max_physical_batch_size is None,
-            "max_physical_batch_size",
-            max_physical_batch_size,
-            "None in this version: batches are processed whole",
-        )
+        piece = max_physical_batch_size
+        whole = piece is None or (isinstance(piece, int) and not isinstance(piece, bool) and piece >= 1)
+        require(whole, "max_physical_batch_size", piece, "None or an int >= 1")
         require(not secure_mode, "secure_mode", secure_mode, "False in this version")
         return check_loader(data_loader)
 
@@ -184,6 +183,7 @@ class PrivacyEngine:
         optimizer: Optimizer,
         data_loader: DataLoader[Any],
         loss_reduction: str,
+        piece: int | None,
         comm: Communicator | None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateLoader]:
         if comm is None and launched_ranks() > 1:
@@ -195,11 +195,11 @@ class PrivacyEngine:
         key = self._shared_key(plan, records, spans, comm)
         recorder = layers.Recorder()
         layers.attach(module, recorder)
-        loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size))
+        loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size), piece)
         probe = Probe(module, recorder, loss_reduction == "mean")
 
         def on_batch(batch: Any, rows: int) -> Any:
-            recorder.batch = loader.drawn
+            recorder.batch = loader.pieces
             return probe.watch(batch, rows)
 
         loader.on_batch = on_batch
@@ -236,7 +236,7 @@ class PrivacyEngine:
 
 def _spans(module: nn.Module, optimizer: Optimizer) -> list[Span]:
     """The managed parameters' places in the flat buffer; they must be just the ones that the optimizer steps."""
-    layers.check(module)
+    rules.check(module)
     stepped = {p for group in optimizer.param_groups for p in group["params"]}
     spans, offset = [], 0
     for name, p in module.named_parameters():

@@ -1,48 +1,58 @@
-"""Per-sample gradients of linear layers from one backward: what each layer keeps, and what is made of it.
+"""What each layer keeps of one forward and one backward, so that per-sample gradients can be made of it.
 
 During a forward the managed parameters do not require gradients, so autograd computes no weight gradient. A layer keeps
-its input a, and a hook on its output receives the output's gradient b; the gradient of record i is sum_t b_it a_it^T.
-"Book-keeping", Bu et al. 2022 (arXiv:2210.00038): the same two matrix products as without privacy.
+its input a, and a hook on its output receives the output's gradient b. For nn.Linear the gradient of record i is
+sum_t b_it a_it^T: "book-keeping", Bu et al. 2022 (arXiv:2210.00038), the same two matrix products as without privacy.
+Any other module with parameters of its own is run again record by record on what was kept: fastdp/persample.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fastdp.errors import ArgumentError, PrivacyError
+from fastdp.errors import PrivacyError
+from fastdp.persample import Call, Unit, Use
+from fastdp.rules import Slot, is_linear, owners
 
 
 @dataclasses.dataclass(eq=False)
-class Use:
+class LinearUse(Use):
     """One call of a linear layer: input [B, (T,) I], gradient of the output [B, (T,) O]."""
 
-    layer: str
     weight: Tensor
     bias: Tensor | None
     a: Tensor
-    version: int
-    batch: int
-    b: Tensor | None = None
+    b: Tensor
+
+    def inputs(self, rows: int) -> list[Tensor]:
+        return [self.a]
+
+    def gradients(self, rows: int) -> list[Tensor]:
+        return [self.b]
 
 
 class Recorder:
     """The uses of one backward, in the order in which their gradients arrived."""
 
     def __init__(self) -> None:
-        self.uses: list[Use] = []
+        self.uses: list[LinearUse | Call] = []
         self.backward: int | None = None  # autograd's number of the backward that is being recorded
         self.batch = 0  # which of the loader's batches is current
+        self.paused = False  # a forward that is run again
 
     def clear(self) -> None:
         self.uses.clear()
         self.backward = None
 
-    def keep(self, use: Use, b: Tensor) -> None:
+    def keep(self, use: LinearUse | Call) -> None:
         current = torch._C._current_graph_task_id()
         if self.backward is not None and self.backward != current:
             raise PrivacyError(
@@ -54,9 +64,16 @@ class Recorder:
             raise PrivacyError(f"{use.layer}: backward(create_graph=True) cannot be clipped per record")
         if use.batch != self.batch:
             raise PrivacyError(f"{use.layer}: backward() through a forward of an earlier batch")
-        if use.a._version != use.version:
-            raise PrivacyError(f"{use.layer}: its input was changed in place after the layer used it")
-        self.uses.append(dataclasses.replace(use, b=b))
+        use.check_unchanged()
+        self.uses.append(use)
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
 
 
 class _Attach(torch.autograd.Function):
@@ -72,45 +89,88 @@ class _Attach(torch.autograd.Function):
         return None, None
 
 
-class LinearHooks:
-    """Forward hooks of one nn.Linear. A copy of the module, or one loaded from a file, is not managed by them."""
+class Hooks:
+    """Forward hooks of one module. A copy of the module, or one loaded from a file, is not managed by them."""
 
-    def __init__(self, name: str, module: nn.Linear, recorder: Recorder) -> None:
+    def __init__(self, name: str, module: nn.Module, slots: list[Slot], recorder: Recorder) -> None:
         self.name, self.module, self.recorder = name, module, recorder
-        self.managed: list[Tensor] = [p for p in (module.weight, module.bias) if p is not None and p.requires_grad]
-        self._paused: list[Tensor] = []
+        self.managed = [p for _, _, p in slots]
+        self._paused: list[list[Tensor]] = []  # of each call that is going on: a module may call itself
         self._anchor = torch.zeros((), requires_grad=True)
         module.register_forward_pre_hook(self.before)
         # First of all: hooks of the user's then act on an output that is already watched.
         module.register_forward_hook(self.after, with_kwargs=True, always_call=True, prepend=True)
 
     def before(self, module: nn.Module, args: Any) -> None:
-        if module is self.module:
-            self._paused = [p for p in self.managed if p.requires_grad]
-            for p in self._paused:
-                p.requires_grad_(False)
+        if module is not self.module or self.recorder.paused:
+            return
+        self._paused.append([p for p in self.managed if p.requires_grad])
+        for p in self._paused[-1]:
+            p.requires_grad_(False)
 
-    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor | None) -> Tensor | None:
-        if module is not self.module:
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if module is not self.module or self.recorder.paused:
             return None
-        for p in self._paused:
+        for p in self._paused.pop():
             p.requires_grad_(True)
-        if output is None or not torch.is_grad_enabled():  # an exception in forward; evaluation
+        # An exception in forward; evaluation; a call within its own, which is a part of that.
+        if output is None or not torch.is_grad_enabled() or self._paused:
             return None
-        a = (args[0] if args else kwargs["input"]).detach()
-        if not output.requires_grad:
-            attached: Tensor = _Attach.apply(output, self._anchor)  # type: ignore[no-untyped-call]
-            output = attached
-        use = Use(self.name, self.module.weight, self.module.bias, a, a._version, self.recorder.batch)
-        keep = self.recorder.keep
-        output.register_hook(lambda b: keep(use, b))
-        return output
+        return self.watch(args, kwargs, output)
 
-    def __deepcopy__(self, memo: Any) -> LinearHooks:
+    def watch(self, args: Any, kwargs: Any, output: Any) -> Any:
+        """Keep what is needed of this call, and see to it that the gradient of the output is kept."""
+        raise NotImplementedError
+
+    def attached(self, y: Tensor) -> Tensor:
+        return y if y.requires_grad else _Attach.apply(y, self._anchor)  # type: ignore[no-untyped-call, no-any-return]
+
+    def __deepcopy__(self, memo: Any) -> Hooks:
         return self  # the copied module is another one, for which these hooks do nothing
 
     def __reduce__(self) -> tuple[Callable[[], Inert], tuple[()]]:
         return Inert, ()
+
+
+class LinearHooks(Hooks):
+    """Of an nn.Linear."""
+
+    module: nn.Linear
+
+    def watch(self, args: Any, kwargs: Any, output: Any) -> Tensor:
+        a = (args[0] if args else kwargs["input"]).detach()
+        output = self.attached(output)
+        recorder, m = self.recorder, self.module
+        use = functools.partial(LinearUse, self.name, recorder.batch, [(a, a._version)], m.weight, m.bias, a)
+        output.register_hook(lambda b: recorder.keep(use(b)))
+        return output  # type: ignore[no-any-return]
+
+
+class ModuleHooks(Hooks):
+    """Of any other module with parameters of its own."""
+
+    def __init__(self, name: str, module: nn.Module, slots: list[Slot], recorder: Recorder) -> None:
+        super().__init__(name, module, slots, recorder)
+        self.unit = Unit(name, module, slots, recorder.pause)
+
+    def watch(self, args: Any, kwargs: Any, output: Any) -> Any:
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        leaves, spec = tree_flatten(output)
+        places = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and y.is_floating_point()]
+        for i in places:
+            # Where one output is made of another, or is an input, its gradient would be counted twice: a node each.
+            shared = len(places) > 1 or any(leaves[i].data_ptr() == x.data_ptr() for x in inputs)
+            leaves[i] = self.attached(leaves[i].clone() if shared else leaves[i])
+        watched = [leaves[i] for i in places]
+        if not watched:
+            return None
+        recorder = self.recorder
+        versions = [(x, x._version) for x in (*inputs, *self.managed)]
+        values = [y.detach().clone() for y in watched]  # a user's in-place function may follow
+        call = functools.partial(Call, self.name, recorder.batch, versions, self.unit, (args, kwargs), values)
+        torch.autograd.graph.register_multi_grad_hook(watched, lambda b: recorder.keep(call(list(b))))
+        return tree_unflatten(leaves, spec)
 
 
 class Inert:
@@ -121,34 +181,8 @@ class Inert:
     def after(self, *args: Any) -> None: ...
 
 
-def check(module: nn.Module) -> None:
-    """Raise ArgumentError, naming the module, unless everything with parameters is an nn.Linear."""
-    for name, m in module.named_modules():
-        where = f"module.{name}" if name else "module"
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
-            raise ArgumentError(
-                where,
-                type(m).__name__,
-                "removed: it mixes records, and so far no other norm with parameters is supported",
-            )
-        if type(m) is not nn.Linear and any(p.requires_grad for p in m.parameters(recurse=False)):
-            raise ArgumentError(where, type(m).__name__, "an nn.Linear, the only kind with parameters in this version")
-        if isinstance(m, torch._dynamo.eval_frame.OptimizedModule) or m._compiled_call_impl is not None:
-            raise ArgumentError(where, "a compiled module", "not compiled: hooks do not reach inside")
-        if type(m) is nn.Linear and "forward" in vars(m):
-            raise ArgumentError(f"{where}.forward", "replaced", "nn.Linear's own")
-    managed = [p for p in module.parameters() if p.requires_grad]
-    if not managed:
-        raise ArgumentError("module", type(module).__name__, "with at least one parameter that requires a gradient")
-    for p in managed:
-        if p._backward_hooks:
-            raise ArgumentError("module.parameters()", "a parameter with gradient hooks", "without: they would not run")
-        if p.dtype not in (torch.float32, torch.float64) or p.dtype != managed[0].dtype or p.device.type != "cpu":
-            raise ArgumentError("module.parameters()", f"{p.dtype} on {p.device}", "all float32 or all float64, on cpu")
-
-
 def attach(module: nn.Module, recorder: Recorder) -> None:
-    """Hook every nn.Linear of `module`."""
-    for name, m in module.named_modules():
-        if type(m) is nn.Linear:
-            LinearHooks(f"layer '{name}'" if name else "module", m, recorder)
+    """Hook every module that has parameters to be trained."""
+    for name, m, slots in owners(module):
+        hooks = LinearHooks if is_linear(m) else ModuleHooks
+        hooks(f"layer '{name}'" if name else "module", m, slots, recorder)

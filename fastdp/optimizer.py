@@ -23,8 +23,8 @@ from fastdp.secret import SecretKey
 class PrivateOptimizer(Optimizer):
     """Wraps the user's optimizer: same param_groups, same state, so schedulers and state_dict work as before.
 
-    `step()` wants exactly one batch of the loader since the last step, and at most one backward(). Parameters' `.grad`
-    is None except while an optimizer other than SGD runs, when it holds the noised gradient.
+    `step()` wants exactly one batch (or piece) of the loader since the last call, and at most one backward().
+    Parameters' `.grad` is None except while an unfused optimizer runs, when it holds the noised gradient.
     """
 
     def __init__(
@@ -46,6 +46,9 @@ class PrivateOptimizer(Optimizer):
         self._share_state()
         self.plan, self.gradient, self.ledger = plan, gradient, ledger
         self.steps = 0
+        self._pieces = 0
+        self._in_batch = False  # some pieces of the batch are in the sum, some are to come
+        self._settings: list[dict[str, Any]] = []  # of the groups, at the last piece
         self._epochs_recorded = 0
         self._spans = {s.param: s for s in gradient.spans}
         # Where each of the module's parameters hangs: name, the submodule's own dictionary, key, parameter.
@@ -77,9 +80,14 @@ class PrivateOptimizer(Optimizer):
         self._recorder.clear()
         self.inner.zero_grad(set_to_none=True)
 
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether the loader's current piece is not the last of its batch: schedulers wait until it is."""
+        return self._loader.more
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One DP-SGD step (Abadi et al. 2016, algorithm 1).
+        """One DP-SGD step (Abadi et al. 2016, algorithm 1), or only its sum while `is_accumulating`.
 
         Raises PrivacyError where going on would break the guarantee; nothing of the batch is released then.
         """
@@ -89,9 +97,14 @@ class PrivateOptimizer(Optimizer):
             self._check()
             rows = self._loader.rows
             shown = max(rows, 1)
-            self.gradient.fill(self._recorder.uses, shown, rows, shown if self._loss_is_mean else 1.0)
+            scale = shown if self._loss_is_mean else 1.0
+            self.gradient.fill(self._recorder.uses, shown, rows, scale, add=self._in_batch)
+            self._pieces += 1
         finally:
             self._recorder.clear()
+        self._in_batch = self._loader.more
+        if self._in_batch:
+            return
         self._record()  # before anything of the step leaves this process
         step, self.steps = self.steps, self.steps + 1
         if self._comm is not None:
@@ -113,11 +126,19 @@ class PrivateOptimizer(Optimizer):
             self._epochs_recorded = self._loader.epochs
 
     def _check(self) -> None:
-        if self._loader.drawn != self.steps + 1:
+        if self._loader.pieces != self._pieces + 1:
             raise PrivacyError(
-                f"step() after {self._loader.drawn - self.steps} batches of the loader since the last step: "
+                f"step() after {self._loader.pieces - self._pieces} batches of the loader since the last step: "
                 "each step must use exactly one of the loader that make_private returned"
             )
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        if self._in_batch and settings != self._settings:
+            raise ArgumentError(
+                "optimizer.param_groups",
+                "changed between the pieces of a batch",
+                "left alone: call scheduler.step() only `if not optimizer.is_accumulating`",
+            )
+        self._settings = settings
         if self.plan.steps is not None and self.steps >= self.plan.steps:
             raise PrivacyError(f"step {self.steps + 1}: the noise was calibrated for {self.plan.steps} steps")
         self._check_parameters()
@@ -136,7 +157,7 @@ class PrivateOptimizer(Optimizer):
             s = self._spans.get(p)
             if p.grad is not None:
                 raise PrivacyError(
-                    f"{name}: autograd delivered a gradient that did not come from its nn.Linear; "
+                    f"{name}: autograd delivered a gradient that did not come from its module's forward; "
                     "it cannot be clipped per record (for an L2 penalty, use the optimizer's weight_decay)"
                 )
             if p.requires_grad != (s is not None):

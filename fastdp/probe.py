@@ -24,7 +24,8 @@ from torch._guards import CompileContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.errors import PrivacyError
-from fastdp.layers import Inert, Recorder, Use
+from fastdp.layers import Inert, LinearUse, Recorder
+from fastdp.persample import Call
 
 # Rows of a matrix product may be rounded differently when another row changes. With half of the records replaced, a
 # coupling moves the others by a sizeable part of themselves.
@@ -195,7 +196,7 @@ class Tape:
         if bool((target == self.probe.ignore_index).any()):
             _refuse_ignored(self.probe.ignore_index)
 
-    def _check_reduction(self, loss: Tensor, gradient: Tensor | None, base: list[Use]) -> None:
+    def _check_reduction(self, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call]) -> None:
         """A mean over half of the records has gradients twice as large, a sum has the same."""
         half = self.rows // 2
 
@@ -206,8 +207,8 @@ class Tape:
             smaller, _, _ = self._replay(loss, gradient, keep)
         except (RuntimeError, ValueError, IndexError):
             return  # the loop has the batch's size as a constant: this cannot be seen
-        before = sum(u.b[:half].nan_to_num(0, 0, 0).abs().double().sum().item() for u in base if u.b is not None)
-        after = sum(u.b.nan_to_num(0, 0, 0).abs().double().sum().item() for u in smaller if u.b is not None)
+        before = sum(_size(b[:half]) for u in base for b in u.gradients(self.rows))
+        after = sum(_size(b) for u in smaller for b in u.gradients(half))
         if before == 0.0 or after == 0.0:
             return
         is_mean = after / before > (self.rows / half) ** 0.5
@@ -217,7 +218,7 @@ class Tape:
 
     def _replay(
         self, loss: Tensor, gradient: Tensor | None, change: Callable[[Tensor], Tensor]
-    ) -> tuple[list[Use], list[Any], list[Tensor]]:
+    ) -> tuple[list[LinearUse | Call], list[Any], list[Tensor]]:
         """What the layers recorded, the numbers taken out of torch, and the buffers, on changed records."""
         known: dict[int, Any] = {id(marked): change(value).clone() for marked, value in self.sources}
         values: list[Any] = []
@@ -285,24 +286,32 @@ def _check_batch(batch: Any, rows: int) -> None:
         raise PrivacyError("data_loader: no tensor of the batch has a record in each row")
 
 
-def _compare(base: list[Use], other: list[Use], same: Tensor) -> None:
+def _compare(base: list[LinearUse | Call], other: list[LinearUse | Call], same: Tensor) -> None:
     if [u.layer for u in base] != [u.layer for u in other]:
         raise PrivacyError("module: which layers are used depends on the records")
+    rows = len(same)
     for u, v in zip(reversed(base), reversed(other), strict=True):  # in the order of the forward
-        if u.a.dim() == 0 or len(u.a) != len(same):
-            continue  # refused by step(), by its shape
-        if u.a.shape != v.a.shape or not _close(u.a[same], v.a[same]):
-            raise PrivacyError(
-                f"{u.layer}: its input for a record depends on the other records of the batch, "
-                "so clipping one record's gradient does not bound its influence"
-            )
+        for x, y in zip(u.inputs(rows), v.inputs(rows), strict=True):
+            has_records = x.dim() > 0 and len(x) == rows
+            if not has_records and isinstance(u, LinearUse):
+                continue  # refused by step(), by its shape
+            mine = same if has_records else slice(None)  # what records share must not move at all
+            if x.shape != y.shape or not _close(x[mine], y[mine]):
+                raise PrivacyError(
+                    f"{u.layer}: its input for a record depends on the other records of the batch, "
+                    "so clipping one record's gradient does not bound its influence"
+                )
     for u, v in zip(base, other, strict=True):
-        assert u.b is not None and v.b is not None
-        if len(u.b) == len(same) and not _close(u.b[same], v.b[same]):
-            raise PrivacyError(
-                f"{u.layer}: a record's gradient depends on the other records (class weights under a mean, or a "
-                "normaliser computed from the data): use reduction='sum' and loss_reduction='sum'"
-            )
+        for x, y in zip(u.gradients(rows), v.gradients(rows), strict=True):
+            if len(x) == rows and not _close(x[same], y[same]):
+                raise PrivacyError(
+                    f"{u.layer}: a record's gradient depends on the other records (class weights under a mean, or a "
+                    "normaliser computed from the data): use reduction='sum' and loss_reduction='sum'"
+                )
+
+
+def _size(x: Tensor) -> float:
+    return x.nan_to_num(0, 0, 0).abs().double().sum().item()
 
 
 def replace_rows(x: Tensor, changed: Tensor, strength: float) -> Tensor:

@@ -7,6 +7,7 @@ communicated, and the batches are the same for any number of ranks (P2).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -64,20 +65,23 @@ class BatchSampler:
 
 
 class PrivateLoader:
-    """Iterates like the DataLoader it replaces: one logical batch a step, this rank's records of it.
+    """Iterates like the DataLoader it replaces: one batch a step, this rank's records of it.
 
     An epoch has `plan.steps_per_epoch` steps; iterating again goes on with the next steps. A batch that has no record
     on this rank comes as one record of zeros, so that the training loop needs no special case; the engine gives it a
-    factor of 0, and `rows` of it is 0.
+    factor of 0, and `rows` of it is 0. A batch of more than `piece` records comes in pieces of nearly equal size.
     """
 
-    def __init__(self, loader: DataLoader[Any], sampler: BatchSampler) -> None:
+    def __init__(self, loader: DataLoader[Any], sampler: BatchSampler, piece: int | None = None) -> None:
         self.dataset = loader.dataset
         self.sampler = sampler
         self.batch_size = sampler.plan.batch_size
-        self.drawn = 0  # batches handed out since the start
+        self.drawn = 0  # batches begun since the start
+        self.pieces = 0  # handed out since the start
+        self.more = False  # the last piece handed out is not the last of its batch
         self.epochs = 0  # iterations begun
-        self.rows = 0  # this rank's records in the last batch
+        self.rows = 0  # this rank's records in the last piece
+        self._piece = piece
         self.on_batch: Callable[[Any, int], Any] = lambda batch, rows: batch  # sees each batch before the loop does
         self._loader = loader
 
@@ -89,12 +93,24 @@ class PrivateLoader:
 
     def __iter__(self) -> Iterator[Any]:
         epoch, self.epochs = self.epochs, self.epochs + 1
+        if self.more:
+            raise PrivacyError("data_loader: an iteration was left in the middle of a batch's pieces")
         first = self.drawn
-        ids = (self.sampler.local_batch(first + i, epoch, i) for i in range(len(self)))
-        for step, (rows, batch) in enumerate(self._fetch(ids), first):
-            if step != self.drawn:
+        more: deque[bool] = deque()  # of pieces that were drawn ahead
+
+        def pieces() -> Iterator[Tensor]:
+            for i in range(len(self)):
+                ids = self.sampler.local_batch(first + i, epoch, i)
+                count = 1 if self._piece is None else max(1, math.ceil(len(ids) / self._piece))
+                more.extend([True] * (count - 1) + [False])
+                yield from ids.tensor_split(count)
+
+        for number, (rows, batch) in enumerate(self._fetch(pieces()), self.pieces):
+            if number != self.pieces:
                 raise PrivacyError("data_loader: two iterations at once would use the same random batches twice")
-            self.drawn += 1
+            self.pieces += 1
+            self.drawn += not self.more
+            self.more = more.popleft()
             self.rows = rows
             yield self.on_batch(batch, rows)
 
