@@ -148,7 +148,11 @@ def check(module: nn.Module) -> None:
 
 
 def attach(module: nn.Module, recorder: Recorder) -> None:
-    """Hook every nn.Linear of `module`."""
+    """Hook every nn.Linear of `module`; ArgumentError if an engine did so before."""
+    for m in module.modules():
+        owners = (getattr(hook, "__self__", None) for hook in m._forward_hooks.values())
+        if any(isinstance(owner, LinearHooks) and owner.module is m for owner in owners):
+            raise ArgumentError("module", "one that is private already", "new, or a copy.deepcopy: one run, one engine")
     for name, m in module.named_modules():
         if type(m) is nn.Linear:
             LinearHooks(f"layer '{name}'" if name else "module", m, recorder)
