@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+import numbers
 import os
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.utils.data import DataLoader
 
 from fastdp import accounting, layers, rules
@@ -102,6 +103,9 @@ class PrivacyEngine:
         Steps beyond those epochs raise PrivacyError. Other arguments as for `make_private`.
         """
         require(isinstance(epochs, int) and epochs >= 1, "epochs", epochs, "an int >= 1")
+        for name, value in (("target_epsilon", target_epsilon), ("target_delta", target_delta)):
+            require(isinstance(value, numbers.Real), name, value, "a number")
+        require(0 < target_delta < 1, "target_delta", target_delta, "in (0, 1)")
         records, batch_size = self._check(data_loader, clipping, loss_reduction, max_physical_batch_size, secure_mode)
         plan = self._plan(records, batch_size, dataset_size, 0.0, max_grad_norm, poisson_sampling, None)
         steps = epochs * plan.steps_per_epoch
@@ -236,6 +240,10 @@ class PrivacyEngine:
 
 def _spans(module: nn.Module, optimizer: Optimizer) -> list[Span]:
     """The managed parameters' places in the flat buffer; they must be just the ones that the optimizer steps."""
+    require(isinstance(module, nn.Module), "module", module, "an nn.Module")
+    require(isinstance(optimizer, Optimizer), "optimizer", optimizer, "a torch.optim.Optimizer")
+    if isinstance(optimizer, LBFGS):
+        raise ArgumentError("optimizer", "LBFGS", "one that does not evaluate a batch more than once")
     rules.check(module)
     stepped = {p for group in optimizer.param_groups for p in group["params"]}
     spans, offset = [], 0

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fastdp.errors import PrivacyError
+from fastdp.errors import ArgumentError, PrivacyError
 from fastdp.persample import Call, Unit, Use
 from fastdp.rules import Slot, is_linear, owners
 
@@ -143,7 +143,7 @@ class LinearHooks(Hooks):
         recorder, m = self.recorder, self.module
         use = functools.partial(LinearUse, self.name, recorder.batch, [(a, a._version)], m.weight, m.bias, a)
         output.register_hook(lambda b: recorder.keep(use(b)))
-        return output  # type: ignore[no-any-return]
+        return output
 
 
 class ModuleHooks(Hooks):
@@ -182,7 +182,11 @@ class Inert:
 
 
 def attach(module: nn.Module, recorder: Recorder) -> None:
-    """Hook every module that has parameters to be trained."""
+    """Hook every module that has parameters to be trained; ArgumentError if an engine did so before."""
+    for m in module.modules():
+        hooked = (getattr(hook, "__self__", None) for hook in m._forward_hooks.values())
+        if any(isinstance(h, Hooks) and h.module is m for h in hooked):
+            raise ArgumentError("module", "one that is private already", "new, or a copy.deepcopy: one run, one engine")
     for name, m, slots in owners(module):
         hooks = LinearHooks if is_linear(m) else ModuleHooks
         hooks(f"layer '{name}'" if name else "module", m, slots, recorder)

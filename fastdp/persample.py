@@ -208,7 +208,8 @@ class Unit:
             if p in seen or not size < float("inf"):  # counted already; hostile records, which clipping drops
                 continue
             seen.add(p)
-            difference = sum(g.sum(0) for g in parts) - (0.0 if whole is None else whole)
+            total = torch.stack([g.sum(0) for g in parts]).sum(0)
+            difference = total if whole is None else total - whole
             if not difference.abs().max().item() <= 2 * TOLERANCE[p.dtype] * size:
                 raise PrivacyError(
                     f"{self.layer}: the gradients of {type(self.module).__name__} record by record do not add up to "

@@ -199,6 +199,8 @@ class Tape:
     def _check_reduction(self, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call]) -> None:
         """A mean over half of the records has gradients twice as large, a sum has the same."""
         half = self.rows // 2
+        if any(isinstance(u, LinearUse) and u.a.dim() and len(u.a) != self.rows for u in base):
+            return  # refused by step(), by its shape
 
         def keep(x: Tensor) -> Tensor:
             return x[:half].clone() if x.dim() and x.shape[0] == self.rows else x
@@ -235,7 +237,8 @@ class Tape:
             again = known.get(id(loss))
             if again is None or not again.requires_grad:
                 raise PrivacyError("loss: it cannot be replayed from the batch; use torch functions on it")
-            torch.autograd.backward(again, gradient)
+            # Parts of the loss that are not made of the batch, a penalty say, belong to one graph of all replays.
+            torch.autograd.backward(again, gradient, retain_graph=True)
             buffers = [b.clone() for b in self.probe.root.buffers()]
             return self.probe.recorder.uses, values, buffers
 
@@ -305,8 +308,9 @@ def _compare(base: list[LinearUse | Call], other: list[LinearUse | Call], same: 
         for x, y in zip(u.gradients(rows), v.gradients(rows), strict=True):
             if len(x) == rows and not _close(x[same], y[same]):
                 raise PrivacyError(
-                    f"{u.layer}: a record's gradient depends on the other records (class weights under a mean, or a "
-                    "normaliser computed from the data): use reduction='sum' and loss_reduction='sum'"
+                    f"{u.layer}: a record's gradient depends on the other records (class weights under a mean, a "
+                    "normaliser computed from the data: use reduction='sum' and loss_reduction='sum'; or [B, 1] "
+                    "broadcast against [B])"
                 )
 
 

@@ -190,7 +190,10 @@ def draw(history: list[dict[str, float]], summary: dict[str, Any], file: IO[byte
         axes.set(xlabel="epoch", title=label)
         axes.grid(alpha=0.3)
     note = "" if summary["private"] else "  NOT PRIVATE"
-    figure.suptitle(f"{summary['data']}, {summary['model']}: evaluation table, not covered by ε{note}", fontsize=10)
+    figure.suptitle(
+        f"{summary['data']}, {summary['model']}; accuracy and log-loss: evaluation table, not covered by ε{note}",
+        fontsize=10,
+    )
     figure.savefig(file, format="png", dpi=110)
 
 

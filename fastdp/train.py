@@ -32,6 +32,11 @@ from fastdp.job import INTERRUPTED, end_all_ranks, interrupted, together, usage_
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.sampling import PrivateLoader
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
 
 def _whole(type_: Any, tokens: Sequence[cyclopts.Token]) -> int:
     """An integer as it stands: 1.5 epochs are not rounded to 2."""
@@ -309,6 +314,10 @@ def read_config(
 ) -> Any:
     if config is not None:
         require(config.is_file(), "config", str(config), "a TOML file")
+        try:
+            tomllib.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ArgumentError("config", str(config), f"valid TOML ({error})") from error
         app.config = (cyclopts.config.Toml(config, must_exist=True),)
     return app(arguments, **HANDLED_HERE)
 

@@ -448,6 +448,40 @@ def test_bad_arguments_are_named(kwargs: dict[str, object], message: str) -> Non
     assert message in str(error.value)
 
 
+def test_bad_modules_and_optimizers_are_named(loop) -> None:
+    module = nn.Linear(6, 3)
+    with pytest.raises(ArgumentError, match="optimizer='LBFGS'"):
+        private(module, torch.optim.LBFGS(module.parameters()), data())
+    with pytest.raises(ArgumentError, match=r"must be an nn\.Module"):
+        private(nn.Linear, torch.optim.SGD(module.parameters(), lr=0.1), data())
+    used = loop[1]
+    with pytest.raises(ArgumentError, match="private already"):
+        private(used, torch.optim.SGD(used.parameters(), lr=0.1), data())
+    again = copy.deepcopy(used)
+    private(again, torch.optim.SGD(again.parameters(), lr=0.1), data())
+
+
+@pytest.mark.parametrize(("name", "value"), [("target_epsilon", "3"), ("target_delta", None), ("target_delta", 2.0)])
+def test_bad_targets_are_named(name: str, value: object) -> None:
+    module = nn.Linear(6, 3)
+    with pytest.raises(ArgumentError, match=f"{name}={value!r}: must be"):
+        PrivacyEngine().make_private_with_epsilon(
+            module=module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            data_loader=DataLoader(data(), batch_size=4),
+            **{"target_epsilon": 3.0, "target_delta": 1e-5, "epochs": 1, "max_grad_norm": 1.0, name: value},
+        )
+
+
+def test_a_penalty_in_the_loss_is_refused_with_the_cure(loop) -> None:
+    _, module, optimizer, loader = loop
+    x, y = next(iter(loader))
+    penalty = sum(p.square().sum() for p in module.parameters())
+    (F.cross_entropy(module(x), y) + 1e-3 * penalty).backward()
+    with pytest.raises(PrivacyError, match="use the optimizer's weight_decay"):
+        optimizer.step()
+
+
 def test_an_engine_accounts_for_one_run(loop) -> None:
     engine = loop[0]
     module = nn.Linear(6, 3)
