@@ -67,7 +67,7 @@ def init(
         segment_bytes,
         f"a multiple of 8 in [8, {MAX_SEGMENT_BYTES}]",
     )
-    mpi = load_mpi()
+    mpi = load_mpi(alone=mpi_comm is not None and getattr(mpi_comm, "size", 0) == 1)
     if mpi_comm is None:
         mpi_comm = mpi.COMM_WORLD
     require(

@@ -192,11 +192,13 @@ class PrivacyEngine:
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateLoader]:
         if comm is None and launched_ranks() > 1:
             raise ArgumentError(
-                "comm", None, "fastdp.comm.init() under mpirun: without it each rank trains a model of its own"
+                "comm",
+                None,
+                "fastdp.comm.init() under mpirun, or fastdp.comm.init(MPI.COMM_SELF) for a model of this rank's own",
             )
         spans = _spans(module, optimizer)
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
-        key = self._shared_key(plan, records, spans, comm)
+        key = self._shared_key(plan, records, spans, optimizer, comm)
         recorder = layers.Recorder()
         layers.attach(module, recorder)
         loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size), piece)
@@ -223,14 +225,19 @@ class PrivacyEngine:
         self.plan, self._dimension = plan, sum(s.numel for s in spans)
         return module, private, loader
 
-    def _shared_key(self, plan: Plan, records: int, spans: list[Span], comm: Communicator | None) -> SecretKey:
+    def _shared_key(
+        self, plan: Plan, records: int, spans: list[Span], optimizer: Optimizer, comm: Communicator | None
+    ) -> SecretKey:
         """Rank 0's key and parameters on all ranks, after a check that they run the same plan."""
         secret = os.urandom(32) if self.seed is None else hashlib.sha256(b"fastdp test %d" % self.seed).digest()
         if comm is not None and comm.size > 1:
-            mine = (plan, records, [(s.name, tuple(s.param.shape), s.param.dtype) for s in spans])
+            groups = [sorted((k, str(v)) for k, v in g.items() if k != "params") for g in optimizer.param_groups]
+            mine = (plan, records, [(s.name, tuple(s.param.shape), s.param.dtype) for s in spans], groups)
             for rank, other in enumerate(comm.allgather_object(mine)):
                 if other != mine:
-                    raise CommError(f"rank {rank} runs another plan, data size or model than rank {comm.rank}")
+                    raise CommError(
+                        f"rank {rank} runs another plan, data size, model or optimizer than rank {comm.rank}"
+                    )
             secret = comm.bcast_object(secret, 0)
             with torch.no_grad():
                 for s in spans:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import TypeVar
 
-from fastdp.comm import Communicator
-from fastdp.errors import ArgumentError
+from fastdp.comm import Communicator, init
+from fastdp.errors import ArgumentError, CommError
+from fastdp.launch import launched_ranks
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
@@ -26,42 +29,59 @@ def together(comm: Communicator, make: Callable[[], T]) -> T:
         made.append(make())
     except ArgumentError as error:
         problem = str(error)
+    agree(comm, problem)
+    return made[0]
+
+
+def agree(comm: Communicator, problem: str | None) -> None:
+    """Leave with exit status 2, on all ranks, if any of them has a problem."""
     problems = dict.fromkeys(p for p in comm.allgather_object(problem) if p is not None)
     if problems:
         if comm.rank == 0:
             for line in problems:
                 complain(line)
         sys.exit(USAGE_ERROR)
-    return made[0]
 
 
 def end_all_ranks(comm: Communicator) -> None:
     """Print the exception once and end the job; returns only where this is the only rank."""
     if comm.size == 1:
         return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not leave the others waiting
     if comm.rank != 0:
         time.sleep(3.0)  # where all ranks fail alike, rank 0 speaks; the others are ended before they wake
-    print(f"rank {comm.rank} of {comm.size}:\n{traceback.format_exc()}", end="", file=sys.stderr)
+    tell(f"rank {comm.rank} of {comm.size}:\n{traceback.format_exc()}")
     comm.abort(1)
 
 
 def interrupted(comm: Communicator, where: str) -> int:
     """Say so once and end the job: peers may be in a collective that this rank left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if comm.rank != 0:
         time.sleep(1.0)  # Ctrl-C reaches all ranks, and rank 0 speaks
-    print(f"fastdp.train: interrupted {where}", file=sys.stderr)
+    tell(f"fastdp.train: interrupted {where}\n")
     if comm.size > 1:
         comm.abort(INTERRUPTED)
     return INTERRUPTED
 
 
 def complain(line: str) -> None:
-    print(f"fastdp.train: error: {line}", file=sys.stderr)
+    tell(f"fastdp.train: error: {line}\n")
+
+
+def tell(text: str) -> None:
+    """To stderr, if anybody is there to read it."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def usage_error(error: Exception) -> int:
-    """For errors before MPI is there to agree on them: rank 0, by the launcher's word, prints them."""
+    """For errors before there is a communicator: the other ranks may have no error, and must hear of this one."""
+    line = " ".join(str(error).split())
+    if launched_ranks() > 1 and not isinstance(error, CommError):
+        agree(init(), line)
     ranks = (os.environ.get(v) for v in ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"))
     if next((r for r in ranks if r is not None), "0") == "0":
-        complain(" ".join(str(error).split()))
+        complain(line)
     return USAGE_ERROR

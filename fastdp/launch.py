@@ -10,8 +10,11 @@ from typing import Any
 from fastdp.errors import CommError
 
 
-def load_mpi() -> Any:
-    """mpi4py.MPI, initialised, once mpi4py, the launcher and fastdp._mpi are known to mean the same MPI."""
+def load_mpi(alone: bool = False) -> Any:
+    """mpi4py.MPI, initialised, once mpi4py, the launcher and fastdp._mpi are known to mean the same MPI.
+
+    alone: one process on purpose, whatever the launcher started.
+    """
     try:
         MPI, initialize = _import_mpi4py()
     except (ImportError, RuntimeError) as error:
@@ -37,7 +40,7 @@ def load_mpi() -> Any:
         initialize()
     if not refuses and (not MPI.Is_initialized() or MPI.Is_finalized()):
         raise CommError("MPI is not initialised, or finalized: call fastdp.comm.init between MPI_Init and MPI_Finalize")
-    if refuses or (launched > 1 and MPI.COMM_WORLD.Get_size() == 1):
+    if refuses or (not alone and launched > 1 and MPI.COMM_WORLD.Get_size() == 1):
         raise CommError(
             f"{launcher} started {launched} processes, but each is alone: mpi4py and fastdp._mpi use {_name(ours)}, "
             f"which does not know that launcher; start with the mpirun of that MPI{_mpirun_hint()}"

@@ -6,6 +6,8 @@ sizes; throughput counts expected records.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import math
@@ -68,12 +70,19 @@ def print_what_can_be_printed() -> None:
 
 
 def say(text: str) -> None:
-    """Print a line. When nobody reads any more (`| head -1`), go on in silence: the run matters, not the line."""
+    """Print a line. Where it cannot be (`| head -1`, a full disk), go on in silence: the run matters, not the line."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def upper(epsilon: float, digits: int) -> str:
+    """An upper bound stays one when it is printed."""
+    if not math.isfinite(epsilon):
+        return "infinite"
+    return f"{math.ceil(epsilon * 10**digits) / 10**digits:.{digits}f}"
 
 
 class Progress:
@@ -112,9 +121,10 @@ class Progress:
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task)
 
-    def epoch(self, metrics: dict[str, float], seconds_per_step: float) -> None:
+    def epoch(self, metrics: dict[str, Any], seconds_per_step: float) -> None:
         speed = f"{self._batch_size / seconds_per_step:,.0f} records/s"
-        text = f"ε {metrics['epsilon']:.3f}  accuracy {metrics['accuracy']:.4f}  {speed}"
+        mark = "" if metrics["private"] else " NOT PRIVATE"
+        text = f"ε {upper(metrics['epsilon'], 3)}{mark}  accuracy {metrics['accuracy']:.4f}  {speed}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, text=text)
         elif self._console is not None:
@@ -126,30 +136,49 @@ class Output:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._history: list[dict[str, float]] = []
+        self.written: list[str] = []
+        self._history: list[dict[str, Any]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if any(folder.iterdir()):
                 raise ArgumentError("output", str(folder), "a folder that is empty or does not exist")
-            self._metrics: IO[str] = open(folder / "metrics.jsonl", "x", encoding="utf-8")  # noqa: SIM115
+            self._metrics: IO[str] | None = open(folder / "metrics.jsonl", "x", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ArgumentError("output", str(folder), f"a folder that can be written to ({error.strerror})") from error
 
-    def append_metrics(self, metrics: dict[str, float]) -> None:
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """A line of metrics.jsonl; where there is no room for it, a warning, once: training goes on."""
         self._history.append(metrics)
+        if self._metrics is None:
+            return
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        json.dump(finite, self._metrics, allow_nan=False)
-        self._metrics.write("\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            say(f"warning: metrics.jsonl ends at epoch {len(self._history) - 1} ({error.strerror})")
+            self._close_metrics()
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            with contextlib.suppress(OSError):  # every line was flushed, or warned of
+                self._metrics.close()
+            self._metrics = None
 
     def write(self, summary: dict[str, Any], model: nn.Module) -> None:
-        """The model, what it cost, and last the picture, which can be drawn again from metrics.jsonl."""
+        """The model, what it cost, and last the picture, without which the run is a success all the same.
+
+        Raises ArgumentError where there is no room; `written` names what is there.
+        """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
         text = json.dumps(finite, indent=2, allow_nan=False) + "\n"
-        self._metrics.close()
+        self._close_metrics()
         self._whole("model.pt", lambda file: torch.save(model.state_dict(), file))
         self._whole("report.json", lambda file: file.write(text.encode()))
-        self._whole("curves.png", lambda file: draw(self._history, summary, file))
+        try:
+            self._whole("curves.png", lambda file: draw(self._history, summary, file))
+        except Exception as error:  # of matplotlib, of which a setting of the user's may ask for anything
+            say(f"warning: curves.png was not drawn ({type(error).__name__}: {error})")
 
     def _whole(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         partial = self.folder / f".{name}.partial"
@@ -161,19 +190,30 @@ class Output:
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(self.folder / name)
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the name, too
-            finally:
-                os.close(folder)
-        except OSError as error:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise ArgumentError(
                 "output", str(self.folder), f"a folder with room for {name} ({error.strerror})"
             ) from error
+        self.written.append(name)
+        _sync_folder(self.folder)
 
 
-def draw(history: list[dict[str, float]], summary: dict[str, Any], file: IO[bytes]) -> None:
+def _sync_folder(folder: Path) -> None:
+    """The name of a new file to disk, too; some network file systems refuse, and have it there anyway."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def draw(history: list[dict[str, Any]], summary: dict[str, Any], file: IO[bytes]) -> None:
     """Accuracy, log-loss and epsilon over epochs, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -205,7 +245,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         "log-loss *": f"{summary['log_loss']:.4f}",
         "ε": "infinite: NOT PRIVATE"
         if summary["epsilon"] is None
-        else f"{summary['epsilon']:.4f} ({summary['accountant']})",
+        else f"{upper(summary['epsilon'], 4)} ({summary['accountant']})",
         "δ": f"{summary['delta']:g}",
         "noise multiplier": f"{summary['noise_multiplier']:.4f}",
         "sample rate": "none: shuffled" if summary["sample_rate"] is None else f"{summary['sample_rate']:.5f}",

@@ -11,6 +11,7 @@ import datetime
 import itertools
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ import fastdp
 from fastdp import data, report
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, require
-from fastdp.job import INTERRUPTED, end_all_ranks, interrupted, together, usage_error
+from fastdp.job import INTERRUPTED, USAGE_ERROR, agree, complain, end_all_ranks, interrupted, together, usage_error
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.sampling import PrivateLoader
 
@@ -147,6 +148,24 @@ class Run:
     optimizer: PrivateOptimizer
     loader: PrivateLoader
 
+    @property
+    def is_private(self) -> bool:
+        """Whether epsilon means anything."""
+        return not any(line.startswith("NOT PRIVATE") for line in self.assumptions)
+
+    @property
+    def assumptions(self) -> list[str]:
+        """Of the engine, and what the engine does not know."""
+        too_large = self.options.delta >= 1 / len(self.table.train_labels)
+        return [delta_too_large(self.options)] * too_large + self.engine.assumptions()
+
+    def so_far(self, output: report.Output | None) -> str:
+        """For those who end the run: what it cost, and what there is of it."""
+        spent = report.upper(self.engine.get_epsilon(self.options.delta), 4)
+        mark = "" if self.is_private else " (NOT PRIVATE)"
+        there = " and ".join(output.written) if output is not None and output.written else "no model"
+        return f"after {self.optimizer.steps} steps, which cost epsilon={spent}{mark}; {there} was written"
+
 
 def make_run(options: Options, comm: Communicator, table: data.Table) -> Run:
     """Model, optimizer and loader, made private."""
@@ -184,6 +203,15 @@ def make_output(options: Options, comm: Communicator) -> report.Output | None:
     return report.Output(options.output or Path("runs") / f"{options.data}-{now}") if comm.rank == 0 else None
 
 
+def check_same(comm: Communicator, options: Options) -> None:
+    """Ranks on other hosts may have another command line or configuration file."""
+    everywhere = comm.allgather_object(dataclasses.asdict(dataclasses.replace(options, output=None)))
+    for rank, theirs in enumerate(everywhere):
+        for name, value in theirs.items():
+            bound = f"{everywhere[0][name]!r} as on rank 0"
+            require(value == everywhere[0][name], f"rank {rank}: {name}", value, bound)
+
+
 def announce(options: Options, comm: Communicator, table: data.Table) -> None:
     """Before the noise is calibrated, which takes seconds."""
     if comm.rank == 0:
@@ -192,7 +220,13 @@ def announce(options: Options, comm: Communicator, table: data.Table) -> None:
             f"{comm.size} {'rank' if comm.size == 1 else 'ranks'}; preparing the noise ..."
         )
         if options.delta >= 1 / len(table.train_labels):
-            report.say(f"warning: delta={options.delta:g} is not below 1/n: it allows a whole record to be published")
+            report.say(f"warning: {delta_too_large(options)}")
+        if options.seed is not None:
+            report.say(f"warning: NOT PRIVATE: the noise is reproducible from seed {options.seed}")
+
+
+def delta_too_large(options: Options) -> str:
+    return f"NOT PRIVATE: delta={options.delta:g} is not below 1/n: it allows a whole record to be published"
 
 
 def train(run: Run, output: report.Output | None) -> dict[str, Any]:
@@ -221,6 +255,7 @@ def train(run: Run, output: report.Output | None) -> dict[str, Any]:
                 "epoch": epoch,
                 "step": optimizer.steps,
                 "epsilon": run.engine.get_epsilon(options.delta),
+                "private": run.is_private,
                 **report.evaluate(model, run.table.test_features, run.table.test_labels),
             }
             if output is not None:
@@ -229,12 +264,16 @@ def train(run: Run, output: report.Output | None) -> dict[str, Any]:
     return summarise(run, metrics, seconds)
 
 
-def finish(run: Run, output: report.Output | None, summary: dict[str, Any]) -> None:
-    """Results to the screen first: the files may not fit on the disk."""
-    if output is not None:
-        report.print_summary(summary)
+def finish(run: Run, output: report.Output, summary: dict[str, Any]) -> int:
+    """Results to the screen first: the files may not fit on the disk. Returns the exit status."""
+    report.print_summary(summary)
+    try:
         output.write(summary, run.model)
-        report.say(f"report.json, metrics.jsonl, model.pt and curves.png are in {output.folder}")
+    except ArgumentError as error:
+        complain(str(error))
+        return USAGE_ERROR
+    report.say(f"{', '.join(output.written)} and metrics.jsonl are in {output.folder}")
+    return 0
 
 
 def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any]:
@@ -264,8 +303,8 @@ def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any
         "ranks": run.comm.size,
         "all_reduce": run.comm.algorithm if run.comm.size > 1 else None,
         "accountant": options.accountant,
-        "private": options.seed is None and math.isfinite(last["epsilon"]),
-        "assumptions": run.engine.assumptions(),
+        "private": run.is_private,
+        "assumptions": run.assumptions,
         "evaluation": "accuracy, auc and log_loss are of the evaluation table and not covered by epsilon",
         "data": options.data,
         "model": options.model,
@@ -288,21 +327,22 @@ def run_from_options(*, options: Annotated[Options, Parameter(name="*")] = Optio
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
     run: Run | None = None
+    output: report.Output | None = None
     try:
+        agree(comm, None)  # ranks whose command line is wrong come here with what is wrong
+        together(comm, lambda: check_same(comm, options))
         table = together(comm, lambda: load_table(options))
         announce(options, comm, table)
         run = made = together(comm, lambda: make_run(options, comm, table))
         output = together(comm, lambda: make_output(options, comm))
         summary = train(made, output)
-        together(comm, lambda: finish(made, output, summary))
+        # On rank 0 alone: a slow disk does not try the others' patience.
+        return 0 if output is None else finish(made, output, summary)
     except KeyboardInterrupt:
-        steps = 0 if run is None else run.optimizer.steps
-        spent = 0.0 if run is None else run.engine.get_epsilon(options.delta)
-        return interrupted(comm, f"after {steps} steps, which cost epsilon={spent:.4f}; no model was written")
+        return interrupted(comm, "before the first step" if run is None else run.so_far(output))
     except Exception:
         end_all_ranks(comm)
         raise
-    return 0
 
 
 @app.meta.default
@@ -333,6 +373,7 @@ HANDLED_HERE: dict[str, Any] = {
 def main(arguments: list[str] | None = None) -> int:
     app.config = ()  # of an earlier call in this process
     report.print_what_can_be_printed()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = app.meta(arguments, **HANDLED_HERE)
         return result if isinstance(result, int) else 0

@@ -152,6 +152,7 @@ class TestOneMPI:
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
         with pytest.raises(CommError, match="srun"):
             load(monkeypatch, MPICH, MPICH)
+        launch_module.load_mpi(alone=True)  # comm.init(MPI.COMM_SELF) in each job of a sweep
         monkeypatch.setenv("PMI_SIZE", "1")  # mpirun -n 1 inside the step: alone on purpose
         load(monkeypatch, MPICH, MPICH)
 

@@ -61,7 +61,8 @@ def test_a_run_leaves_its_files(seeded: dict[int, Path]) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in lines] == [32, 64, 96]
     assert 0 < lines[0]["epsilon"] < lines[1]["epsilon"] < lines[2]["epsilon"] == summary["epsilon"]
-    assert set(lines[0]) == {"epoch", "step", "epsilon", "accuracy", "auc", "log_loss"}
+    assert set(lines[0]) == {"epoch", "step", "epsilon", "private", "accuracy", "auc", "log_loss"}
+    assert lines[0]["private"] is False
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     state = torch.load(folder / "model.pt", weights_only=True)
     assert {k: tuple(v.shape) for k, v in state.items()} == {
@@ -193,15 +194,23 @@ def test_a_run_without_noise_is_valid_json_and_not_private(tmp_path: Path) -> No
     output = tmp_path / "out"
     done = train_cli("--epochs", "1", "--noise-multiplier", "0", "--delta", "0.1", "--output", str(output))
     assert done.returncode == 0, done.stderr
-    assert "NOT PRIVATE: no noise is added" in done.stdout and "warning: delta=0.1 is not below 1/n" in done.stdout
+    assert "NOT PRIVATE: no noise is added" in done.stdout
+    assert "warning: NOT PRIVATE: delta=0.1 is not below 1/n" in done.stdout
+    assert "infinite NOT PRIVATE  accuracy" in done.stdout
     summary = json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)
     assert summary["epsilon"] is None and summary["private"] is False
+    assert [line[:30] for line in summary["assumptions"][:2]] == [
+        "NOT PRIVATE: delta=0.1 is not ",
+        "NOT PRIVATE: no noise is added",
+    ]
 
 
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_ctrl_c_says_what_was_spent(ranks: int, tmp_path: Path) -> None:
     output = tmp_path / "out"
     prefix = [launch.find_mpirun() or pytest.skip("no mpirun"), "-n", str(ranks)] if ranks else []
+    if ranks and launch.is_open_mpi():
+        pytest.skip("its ranks are in groups of their own, out of reach of a signal to mpirun's")
     command = [*prefix, sys.executable, "-m", "fastdp.train", "--epochs", "5000", "--noise-multiplier", "20"]
     with subprocess.Popen(
         [*command, "--output", str(output)],
@@ -217,9 +226,9 @@ def test_ctrl_c_says_what_was_spent(ranks: int, tmp_path: Path) -> None:
         os.killpg(run.pid, signal.SIGINT)
         _, errors = run.communicate(timeout=60)
     assert run.returncode != 0
-    if ranks == 0:
+    if ranks == 0:  # mpirun itself ends at once when it is interrupted
         assert run.returncode == 130
-        assert re.search(r"interrupted after \d+ steps, which cost epsilon=0\.\d+; no model was written", errors)
+        assert re.search(r"interrupted after \d+ steps, which cost epsilon=0\.\d+; no model was written\n", errors)
         assert "Traceback" not in errors
     assert [p.name for p in output.iterdir()] == ["metrics.jsonl"]
 
@@ -241,8 +250,77 @@ def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ArgumentError, match=r"a folder with room for report.json \(No space left on device\)"):
-        output.write({"delta": 1e-5, "data": "d", "model": "m", "private": True}, torch.nn.Linear(2, 1))
+        output.write(SUMMARY, torch.nn.Linear(2, 1))
+    assert output.written == ["model.pt"]
     assert sorted(p.name for p in output.folder.iterdir()) == ["metrics.jsonl", "model.pt"]
+
+
+SUMMARY = {"delta": 1e-5, "data": "d", "model": "m", "private": True}
+METRICS = {"epoch": 1, "step": 1, "epsilon": 0.1, "private": True, "accuracy": 0.5, "auc": 0.5, "log_loss": 0.7}
+
+
+def test_a_picture_that_fails_or_is_interrupted_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(name: str, error: BaseException) -> report.Output:
+        def fail(*_: object) -> None:
+            raise error
+
+        output = report.Output(tmp_path / name)
+        output.append_metrics(METRICS)
+        monkeypatch.setattr(report, "draw", fail)
+        output.write(SUMMARY, torch.nn.Linear(2, 1))
+        return output
+
+    output = write("failed", ValueError("bogus is not a backend"))
+    assert "warning: curves.png was not drawn (ValueError: bogus is not a backend)" in capsys.readouterr().out
+    assert output.written == ["model.pt", "report.json"]
+    with pytest.raises(KeyboardInterrupt):
+        write("interrupted", KeyboardInterrupt())
+    for name in ("failed", "interrupted"):
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["metrics.jsonl", "model.pt", "report.json"]
+
+
+def test_metrics_without_room_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = report.Output(tmp_path / "out")
+    output.append_metrics(METRICS)
+    output._close_metrics()
+    output._metrics = open("/dev/full", "w")  # noqa: SIM115
+    output.append_metrics(METRICS)
+    output.append_metrics(METRICS)
+    assert capsys.readouterr().out == "warning: metrics.jsonl ends at epoch 1 (No space left on device)\n"
+    output.write(SUMMARY, torch.nn.Linear(2, 1))
+
+
+def test_printed_epsilons_are_upper_bounds() -> None:
+    assert (report.upper(0.99741, 3), report.upper(0.5, 4), report.upper(math.inf, 3)) == (
+        "0.998",
+        "0.5000",
+        "infinite",
+    )
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [(["--config", "missing.toml"], "config='missing.toml'"), (["--lr", "0.5"], "rank 1: lr=0.5: must be ")],
+)
+def test_ranks_with_other_command_lines_end_together(second: list[str], message: str, tmp_path: Path) -> None:
+    mpirun = launch.find_mpirun() or pytest.skip("no mpirun")
+    here = ["-n", "1", sys.executable, "-m", "fastdp.train", "--output", str(tmp_path / "out")]
+    flags = ["--oversubscribe"] if launch.is_open_mpi() else []
+    done = subprocess.run(
+        [mpirun, *flags, *here, ":", *here, *second],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"fastdp.train: error: {message}" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
