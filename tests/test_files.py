@@ -427,3 +427,24 @@ def test_texts_keep_their_blanks_where_declared() -> None:
     assert files.parse(job, pa.array([" clerk", "?"]), Layout(strip=False)).tolist() == [0, 1]
     with pytest.raises(ArgumentError, match="row 0='clerk'"):
         files.parse(job, pa.array(["clerk"]), Layout(strip=False))
+
+
+def test_the_readmes_schema_reads_its_table(tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (contract,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    path = csv(tmp_path, "30,nurse,yes\n,clerk,no\n", header="age,job,repaid\n")
+    features, labels = read(path, contract)
+    assert features[:, 0].tolist() == pytest.approx([12 / 72, 22 / 72]) and labels.tolist() == [1, 0]
+    described = parse_schema_docstring()
+    assert {c.type for c in described.columns} == {"number", "category", "ignore", "label"}
+
+
+def parse_schema_docstring() -> Any:
+    """The format's own description is a schema."""
+    import textwrap
+
+    from fastdp import schema
+
+    assert schema.__doc__
+    block = [line for line in schema.__doc__.splitlines() if line.startswith("    ") or not line]
+    return parse_schema(textwrap.dedent("\n".join(block)))
