@@ -17,7 +17,7 @@ def bench_epoch_of_adult_against_torch(pair, benchmark, threads: int) -> None:
     n, width = table.train_features.shape
 
     def made() -> tuple[torch.nn.Module, torch.optim.SGD]:
-        module = build_model(options.model, width, table.num_classes)
+        module = build_model(options.model, (width,), table.outputs)
         return module, torch.optim.SGD(module.parameters(), lr=options.lr, momentum=options.momentum)
 
     plain, plain_optimizer = made()

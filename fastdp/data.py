@@ -1,246 +1,187 @@
-"""Tables as tensors: a declared column contract (TOML) says what each column may hold, and how it becomes features.
+"""Tables as tensors: the embedded one, files with a declared schema (fastdp/schema.py), or what the user's code makes.
 
-Nothing here is computed from the records: bounds, vocabularies and bins are declared, so that the encoding of a row
-depends on that row alone and costs no privacy (P11).
+Nothing here is computed from the records (P11); which rows are held out for evaluation depends on their numbers only.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
 from importlib import resources
-from typing import Any, Final, Literal
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
+from fastdp import attributes, files, ops
+from fastdp.columns import Schema
 from fastdp.errors import ArgumentError, require
+from fastdp.schema import parse_schema
+from fastdp.table import Table, check, check_finite, check_same
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+__all__ = ["Table", "check", "check_finite", "check_same", "held_out_rows", "load"]
 
 EMBEDDED: Final = ("adult",)
 
-Array = npt.NDArray[Any]
+# Public and the same for ever, so that the same rows are held out in every run and on every rank.
+HELD_OUT_KEY: Final = hashlib.sha256(b"fastdp: rows held out for evaluation").digest()
+HELD_OUT: Final = 0.2
 
 
-@dataclass(frozen=True)
-class Table:
-    """A data set ready for training. Features are finite; labels count classes from 0."""
+def load(
+    data: str,
+    schema: Path | None = None,
+    evaluation_data: Path | None = None,
+    evaluation_fraction: float | None = None,
+) -> Table:
+    """A table by name, path or module:attribute.
 
-    name: str
-    train_features: torch.Tensor  # float32 [n, D]
-    train_labels: torch.Tensor  # int64 [n]
-    test_features: torch.Tensor  # float32 [m, D]
-    test_labels: torch.Tensor  # int64 [m]
-    feature_names: tuple[str, ...]  # D names: "age", "sex=Male", "age in [25, 30)"
-    class_names: tuple[str, ...]
-    size_is_public: bool  # whether n may be known to those who see the results
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of the contract; adult.toml describes the fields."""
-
-    name: str
-    type: Literal["number", "category", "label", "ignore"]
-    bounds: tuple[float, float] = (0.0, 0.0)
-    scale: Literal["linear", "log", "none"] = "linear"
-    bins: tuple[float, ...] = ()
-    values: tuple[str, ...] = ()  # categories, or the first spelling of each class
-    spellings: Mapping[str, int] | None = None  # what may stand in the raw file -> code
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Names of the features that `encode` makes of this column."""
-        if self.type == "category":
-            return tuple(f"{self.name}={value}" for value in self.values)
-        if self.type != "number":
-            return ()
-        scaled = () if self.scale == "none" else (self.name,)
-        if not self.bins:
-            return scaled
-        bins = itertools.pairwise((-math.inf, *self.bins, math.inf))
-        return scaled + tuple(f"{self.name} in [{low:g}, {high:g})" for low, high in bins)
-
-    def parse(self, texts: Sequence[str]) -> Array:
-        """Raw texts to int64 codes (category, label) or float64 numbers.
-
-        Raises:
-            ArgumentError: naming column, row (from 0) and the value that is undeclared or no finite number.
-        """
-        if self.spellings is not None:
-            codes = [self.spellings.get(text, -1) for text in texts]
-            if -1 in codes:
-                row = codes.index(-1)
-                raise _cell_error(self.name, row, texts[row], f"one of {', '.join(map(repr, self.spellings))}")
-            return np.array(codes, np.int64)
-        numbers = np.empty(len(texts), np.float64)
-        for row, text in enumerate(texts):
-            try:
-                numbers[row] = float(text)
-            except ValueError:
-                raise _cell_error(self.name, row, text, "a finite number") from None
-        return self.check(numbers)
-
-    def check(self, cells: Array) -> Array:
-        """`cells` [n] unchanged if they are codes of the vocabulary, or finite numbers; ArgumentError as `parse`."""
-        if self.spellings is None:
-            bad, bound = ~np.isfinite(cells), "a finite number"
-        else:
-            bad, bound = (cells < 0) | (cells >= len(self.values)), f"a code in [0, {len(self.values)})"
-        if bad.any():
-            row = int(bad.argmax())
-            raise _cell_error(self.name, row, cells[row].item(), bound)
-        return cells
-
-    def encode(self, cells: Array, out: npt.NDArray[np.float32]) -> None:
-        """Write the features of `cells` [n], as from `parse`, into zeros `out` float32 [n, len(feature_names)]."""
-        rows = np.arange(len(cells))
-        self.check(cells)
-        if self.type == "category":
-            out[rows, cells] = 1
-            return
-        low, high = self.bounds
-        clamped = np.clip(cells, low, high)
-        if self.scale == "linear":
-            out[:, 0] = (clamped - low) / (high - low)
-        elif self.scale == "log":
-            out[:, 0] = np.log1p(clamped - low) / math.log1p(high - low)
-        if self.bins:
-            out[rows, (self.scale != "none") + np.searchsorted(self.bins, clamped, side="right")] = 1
-
-
-@dataclass(frozen=True)
-class Schema:
-    """A column contract."""
-
-    name: str
-    size_is_public: bool
-    columns: tuple[Column, ...]
-
-    @property
-    def label(self) -> Column:
-        """The label's column."""
-        return next(column for column in self.columns if column.type == "label")
-
-    @property
-    def feature_names(self) -> tuple[str, ...]:
-        """Names of all features, in the order of `encode`."""
-        return tuple(name for column in self.columns for name in column.feature_names)
-
-    def encode(self, cells: Mapping[str, Array]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cells by column name, [n] each (as from `Column.parse`), to features float32 [n, D] and labels int64 [n].
-
-        Raises:
-            ArgumentError: naming column, row and value of the first bad cell.
-        """
-        labels = self.label.check(cells[self.label.name]).astype(np.int64)
-        features = np.zeros((len(labels), len(self.feature_names)), np.float32)
-        start = 0
-        for column in self.columns:
-            width = len(column.feature_names)
-            if width:
-                column.encode(cells[column.name], features[:, start : start + width])
-            start += width
-        return torch.from_numpy(features), torch.from_numpy(labels)
-
-
-def load(name_or_path: str) -> Table:
-    """A table by name: "adult" (UCI Adult, 32,561 training and 16,281 test rows, shipped with the package).
+    data: "adult" (UCI Adult, 32,561 training and 16,281 test rows, shipped with the package); a CSV, Parquet or Arrow
+        file, or a folder of such; or module:attribute, a Table, a pair (training, evaluation) of map-style datasets of
+        (features, label), or a callable that returns one of them.
+    schema: the TOML file that declares the columns, for files.
+    evaluation_data: file or folder of evaluation rows; without it, about `evaluation_fraction` (0.2) of the rows are
+        held out, by their number in the table.
 
     Raises:
-        ArgumentError: the name is unknown.
+        ArgumentError: naming the argument, or the column, row and value.
     """
-    require(name_or_path in EMBEDDED, "data", name_or_path, f"one of {', '.join(map(repr, EMBEDDED))}")
+    path = Path(data)
+    if data not in EMBEDDED and (path.exists() or files.kind_of(path) is not None):
+        require(schema is not None, "schema", None, f"a TOML file that declares the columns of {data}")
+        assert schema is not None
+        return _from_files(path, schema, evaluation_data, evaluation_fraction)
+    for name, value in (
+        ("schema", schema and str(schema)),
+        ("evaluation_data", evaluation_data and str(evaluation_data)),
+        ("evaluation_fraction", evaluation_fraction),
+    ):
+        require(value is None, name, value, f"absent for data={data!r}: it is for files")
+    if data in EMBEDDED:
+        return _embedded(data)
+    if attributes.is_spec(data):
+        return _from_attribute(data)
+    known = ", ".join(map(repr, EMBEDDED))
+    raise ArgumentError("data", data, f"{known}, a file or folder that exists ({files.ENDINGS}), or module:attribute")
+
+
+def _embedded(name: str) -> Table:
     folder = resources.files("fastdp") / "datasets"
-    schema = parse_schema((folder / f"{name_or_path}.toml").read_text(encoding="utf-8"))
-    with (folder / f"{name_or_path}.npz").open("rb") as file, np.load(file, allow_pickle=False) as cells:
+    schema = parse_schema((folder / f"{name}.toml").read_text(encoding="utf-8"))
+    with (folder / f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as cells:
         used = [column.name for column in schema.columns if column.type != "ignore"]
         train, test = (
             schema.encode({column: cells[f"{split}.{column}"] for column in used}) for split in ("train", "test")
         )
-    return Table(name_or_path, *train, *test, schema.feature_names, schema.label.values, schema.size_is_public)
+    return _of_schema(schema, train, test)
 
 
-def check_finite(features: torch.Tensor, feature_names: Sequence[str] | None = None) -> None:
-    """Refuse NaN and Inf before training.
+def _of_schema(schema: Schema, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], **more: Any) -> Table:
+    target = schema.label if schema.label.type == "target" else None
+    names, classes = schema.feature_names, schema.label.values
+    return Table(schema.name, *train, *test, names, classes, schema.size_is_public, target, **more)
 
-    Args:
-        features: floating-point [n, D].
-        feature_names: D names for the message; numbers otherwise.
 
-    Raises:
-        ArgumentError: naming the column, the row (from 0) and the value of the first such cell.
+def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction: float | None) -> Table:
+    files.list_files("data", path)
+    require(schema_path.is_file(), "schema", str(schema_path), "a TOML file that exists")
+    both = evaluation is not None and fraction is not None
+    require(not both, "evaluation_fraction", fraction, "absent when evaluation_data is given")
+    fraction = HELD_OUT if fraction is None else fraction
+    require(0 < fraction < 1, "evaluation_fraction", fraction, "in (0, 1)")
+    try:
+        schema = parse_schema(schema_path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeError) as error:
+        raise ArgumentError("schema", str(schema_path), f"a TOML file that can be read ({error})") from error
+    if evaluation is not None:
+        files.list_files("evaluation_data", evaluation)  # before minutes are spent on the other
+    declared = f"bounds, vocabularies and fill values are those of {schema_path.name}, taken to be public"
+    features, labels = files.read("data", path, schema)
+    if evaluation is not None:
+        test = files.read("evaluation_data", evaluation, schema)
+        where = f"{len(test[1]):,} rows of {evaluation.name}"
+        return _of_schema(schema, (features, labels), test, evaluation=where, assumptions=(declared,))
+    held_out = held_out_rows(len(labels), fraction)
+    for rows, what in ((held_out, "evaluation"), (~held_out, "training")):
+        require(bool(rows.any()), "evaluation_fraction", fraction, f"such that a row is left for {what}")
+    m = int(held_out.sum())
+    return _of_schema(
+        schema,
+        (features[~held_out], labels[~held_out]),
+        (features[held_out], labels[held_out]),
+        evaluation=f"{m:,} rows held out of the table by row number (evaluation_fraction={fraction:g})",
+        assumptions=(
+            declared,
+            f"the {m:,} rows held out for evaluation are not trained on and not protected by epsilon; row numbers "
+            "decide, so neighbouring tables differ in one training row, and the other rows keep their numbers",
+        ),
+    )
+
+
+def held_out_rows(rows: int, fraction: float) -> Tensor:
+    """bool [rows]: each row with probability `fraction`, by its number alone and the same in every run.
+
+    Not by content: a row's own values would decide whether epsilon protects it. The key is public.
     """
-    if bool(torch.isfinite(features).all()):
-        return
-    row, column = (int(i) for i in (~torch.isfinite(features)).nonzero()[0])
-    name = feature_names[column] if feature_names is not None else column
-    raise _cell_error(name, row, features[row, column].item(), "finite")
+    key = torch.frombuffer(bytearray(HELD_OUT_KEY), dtype=torch.uint8)
+    chosen = torch.zeros(rows, dtype=torch.bool)
+    chosen[ops.poisson_sample(rows, fraction, key=key, step=0)] = True
+    return chosen
 
 
-def parse_schema(text: str) -> Schema:
-    """A column contract from the text of its TOML file.
-
-    Raises:
-        ArgumentError: naming the column, and the field that is missing, unknown or out of its bounds.
-    """
-    document = tomllib.loads(text)
-    require(document.get("format") == 1, "format", document.get("format"), "1")
-    columns = tuple(_parse_column(fields) for fields in document.get("column", []))
-    names = [column.name for column in columns]
-    require(len(set(names)) == len(names), "column", names, "of different names")
-    labels = [column.name for column in columns if column.type == "label"]
-    require(len(labels) == 1, "label", labels, "exactly one column")
-    return Schema(str(document["name"]), bool(document.get("size_is_public", False)), columns)
+CODE_MAKES: Final = (
+    "a fastdp.data.Table, a pair (training, evaluation) of map-style datasets of (features, label), or a callable "
+    "without arguments that returns one of them"
+)
 
 
-_FIELDS: Final[Mapping[str, frozenset[str]]] = {
-    "number": frozenset({"bounds", "scale", "bins"}),
-    "category": frozenset({"values"}),
-    "label": frozenset({"values"}),
-    "ignore": frozenset(),
-}
+def _from_attribute(spec: str) -> Table:
+    made = attributes.find("data", spec)
+    if callable(made) and not isinstance(made, Table):
+        made = attributes.call("data", spec, made, CODE_MAKES)
+    if isinstance(made, Table):
+        return made
+    pair = isinstance(made, (tuple, list)) and len(made) == 2
+    require(pair, "data", spec, f"{CODE_MAKES}; it is a {type(made).__name__}")
+    (train_features, train_labels), (test_features, test_labels) = (_tensors(spec, dataset) for dataset in made)
+    classes: tuple[str, ...] = ()
+    if not train_labels.is_floating_point():
+        names = getattr(made[0], "classes", None)  # as torchvision's datasets have them
+        # Counting the classes that occur would be a statistic of private records.
+        declared = isinstance(names, Sequence) and len(names) >= 2
+        require(
+            declared, "data", spec, "a pair whose training dataset declares its class names in `classes`, or a Table"
+        )
+        classes = tuple(map(str, names or ()))
+    return Table(
+        spec.partition(":")[2],
+        train_features,
+        train_labels,
+        test_features,
+        test_labels,
+        feature_names=(),
+        class_names=classes,
+        size_is_public=False,
+        evaluation="the evaluation dataset",
+        assumptions=(f"what {spec} computed from the records while it prepared them is not covered by epsilon",),
+    )
 
 
-def _parse_column(fields: Mapping[str, Any]) -> Column:
-    name: Any = fields.get("name")
-    kind: Any = fields.get("type")
-    require(isinstance(name, str) and name != "", "column.name", name, "a name")
-    require(kind in _FIELDS, f"{name}.type", kind, f"one of {', '.join(map(repr, _FIELDS))}")
-    unknown = sorted(set(fields) - {"name", "type"} - _FIELDS[kind])
-    require(not unknown, f"{name}", unknown, f"without fields that a {kind} does not have")
-    if kind == "number":
-        bounds: Any = fields.get("bounds")
-        scale, bins = fields.get("scale", "linear"), fields.get("bins", [])
-        ordered = isinstance(bounds, list) and len(bounds) == 2 and -math.inf < bounds[0] < bounds[1] < math.inf
-        require(ordered, f"{name}.bounds", bounds, "[low, high], finite, low < high")
-        require(scale in ("linear", "log", "none"), f"{name}.scale", scale, "'linear', 'log' or 'none'")
-        edges = [bounds[0], *bins, bounds[1]]
-        inside = all(a < b for a, b in itertools.pairwise(edges))
-        require(inside, f"{name}.bins", bins, f"increasing and strictly inside {bounds}")
-        return Column(name, "number", (float(bounds[0]), float(bounds[1])), scale, tuple(map(float, bins)))
-    values = fields.get("values", [])
-    if kind == "ignore":
-        return Column(name, "ignore")
-    groups = [value if isinstance(value, list) else [value] for value in values]
-    spellings = {spelling: code for code, group in enumerate(groups) for spelling in group}
-    unique = len(spellings) == sum(map(len, groups)) and all(groups) and all(isinstance(s, str) for s in spellings)
-    require(len(groups) >= 2 and unique, f"{name}.values", values, "two or more different texts")
-    return Column(name, kind, values=tuple(group[0] for group in groups), spellings=spellings)
-
-
-def _cell_error(column: object, row: int, value: object, bound: str) -> ArgumentError:
-    return ArgumentError(f"column {column!r}, row {row}", value, bound)
+def _tensors(spec: str, dataset: Any) -> tuple[Tensor, Tensor]:
+    """All records of a map-style dataset, drawn once: random transforms are not drawn again in later epochs."""
+    if type(dataset) is TensorDataset and len(dataset.tensors) == 2:
+        features, labels = dataset.tensors
+    else:
+        sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        require(sized, "data", spec, f"{CODE_MAKES}; of the pair, one is a {type(dataset).__name__}")
+        require(len(dataset) > 0, "data", spec, "a pair of datasets with at least one record each")
+        try:
+            parts = [(x, y) for x, y in DataLoader(dataset, batch_size=1024)]
+            features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ArgumentError("data", spec, f"datasets of (features, label) of one shape ({reason})") from error
+    return features.float(), labels.float() if labels.is_floating_point() else labels.long()

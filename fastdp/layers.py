@@ -123,7 +123,10 @@ class Hooks:
         raise NotImplementedError
 
     def attached(self, y: Tensor) -> Tensor:
-        return y if y.requires_grad else _Attach.apply(y, self._anchor)  # type: ignore[no-untyped-call, no-any-return]
+        if y.requires_grad:
+            return y
+        attached: Tensor = _Attach.apply(y, self._anchor)  # type: ignore[no-untyped-call]
+        return attached
 
     def __deepcopy__(self, memo: Any) -> Hooks:
         return self  # the copied module is another one, for which these hooks do nothing
@@ -139,11 +142,11 @@ class LinearHooks(Hooks):
 
     def watch(self, args: Any, kwargs: Any, output: Any) -> Tensor:
         a = (args[0] if args else kwargs["input"]).detach()
-        output = self.attached(output)
+        y = self.attached(output)
         recorder, m = self.recorder, self.module
         use = functools.partial(LinearUse, self.name, recorder.batch, [(a, a._version)], m.weight, m.bias, a)
-        output.register_hook(lambda b: recorder.keep(use(b)))
-        return output
+        y.register_hook(lambda b: recorder.keep(use(b)))
+        return y
 
 
 class ModuleHooks(Hooks):

@@ -122,7 +122,7 @@ class Unit:
                 args, kwargs = tree_unflatten(full, spec)
                 return tuple(y.squeeze(d) for y, d in zip(self._run(parameters, args, kwargs), out_dims, strict=True))
 
-            outputs, pull = torch.func.vjp(forward, *parameters)
+            outputs, pull, *_ = torch.func.vjp(forward, *parameters)
             return pull(tuple(b)), outputs
 
         # vmap knows attention by its parts only.

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress, evaluation, the summary table, files and a picture.
+"""What a run shows and leaves behind: progress, the summary table, files and a picture.
 
 Nothing here is computed from training records except through the private model (P12): no training loss, no batch
 sizes; throughput counts expected records.
@@ -19,47 +19,14 @@ from types import TracebackType
 from typing import IO, Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
+from fastdp import metrics as figures
 from fastdp.errors import ArgumentError
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, features: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, log-loss (nats) and area under the ROC curve (two classes; NaN otherwise) on `features` [m, D]."""
-    was_training = model.training
-    model.eval()
-    logits = model(features).double()
-    model.train(was_training)
-    if logits.shape[1] > 1:
-        return {
-            "accuracy": (logits.argmax(1) == labels).double().mean().item(),
-            "auc": float("nan"),
-            "log_loss": F.cross_entropy(logits, labels).item(),
-        }
-    score = logits.squeeze(1)
-    return {
-        "accuracy": ((score > 0) == (labels == 1)).double().mean().item(),
-        "auc": area_under_roc(score, labels),
-        "log_loss": F.binary_cross_entropy_with_logits(score, labels.double()).item(),
-    }
-
-
-def area_under_roc(score: Tensor, labels: Tensor) -> float:
-    """Probability that a positive scores above a negative, ties half: Mann & Whitney's U over its largest value."""
-    from scipy.stats import rankdata
-
-    positive = labels == 1
-    p, n = int(positive.sum()), int((~positive).sum())
-    if p == 0 or n == 0:
-        return float("nan")
-    ranks = torch.from_numpy(rankdata(score.numpy()))
-    return ((ranks[positive].sum() - p * (p + 1) / 2) / (p * n)).item()
 
 
 def print_what_can_be_printed() -> None:
@@ -83,6 +50,13 @@ def upper(epsilon: float, digits: int) -> str:
     if not math.isfinite(epsilon):
         return "infinite"
     return f"{math.ceil(epsilon * 10**digits) / 10**digits:.{digits}f}"
+
+
+def figure(value: float) -> str:
+    """Four decimals for shares, six digits for what has a unit."""
+    if not math.isfinite(value):
+        return "undefined"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.6g}"
 
 
 class Progress:
@@ -124,7 +98,9 @@ class Progress:
     def epoch(self, metrics: dict[str, Any], seconds_per_step: float) -> None:
         speed = f"{self._batch_size / seconds_per_step:,.0f} records/s"
         mark = "" if metrics["private"] else " NOT PRIVATE"
-        text = f"ε {upper(metrics['epsilon'], 3)}{mark}  accuracy {metrics['accuracy']:.4f}  {speed}"
+        headline = next(key for key in figures.NAMES if key in metrics)
+        shown = f"{figures.NAMES[headline]} {figure(metrics[headline])}"
+        text = f"ε {upper(metrics['epsilon'], 3)}{mark}  {shown}  {speed}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, text=text)
         elif self._console is not None:
@@ -214,16 +190,21 @@ def _sync_folder(folder: Path) -> None:
 
 
 def draw(history: list[dict[str, Any]], summary: dict[str, Any], file: IO[bytes]) -> None:
-    """Accuracy, log-loss and epsilon over epochs, as a PNG."""
+    """Headline, another figure and epsilon over epochs, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     epochs = [m["epoch"] for m in history]
+    headline, *_, other = [key for key in figures.NAMES if key in history[0]]
     for axes, (key, label) in zip(
         figure.subplots(1, 3),
-        (("accuracy", "accuracy"), ("log_loss", "log-loss"), ("epsilon", f"ε at δ = {summary['delta']:g}")),
+        (
+            (headline, figures.NAMES[headline]),
+            (other, figures.NAMES[other]),
+            ("epsilon", f"ε at δ = {summary['delta']:g}"),
+        ),
         strict=True,
     ):
         axes.plot(epochs, [m[key] for m in history], marker=".")
@@ -231,8 +212,7 @@ def draw(history: list[dict[str, Any]], summary: dict[str, Any], file: IO[bytes]
         axes.grid(alpha=0.3)
     note = "" if summary["private"] else "  NOT PRIVATE"
     figure.suptitle(
-        f"{summary['data']}, {summary['model']}; accuracy and log-loss: evaluation table, not covered by ε{note}",
-        fontsize=10,
+        f"{summary['data']}, {summary['model']}: figures on evaluation rows, not covered by ε{note}", fontsize=10
     )
     figure.savefig(file, format="png", dpi=110)
 
@@ -240,9 +220,7 @@ def draw(history: list[dict[str, Any]], summary: dict[str, Any], file: IO[bytes]
 def print_summary(summary: dict[str, Any]) -> None:
     """The table at the end of a run."""
     shown = {
-        "accuracy *": f"{summary['accuracy']:.4f}",
-        "AUC *": f"{summary['auc']:.4f}",
-        "log-loss *": f"{summary['log_loss']:.4f}",
+        **{f"{name} *": figure(summary[key]) for key, name in figures.NAMES.items() if key in summary},
         "ε": "infinite: NOT PRIVATE"
         if summary["epsilon"] is None
         else f"{upper(summary['epsilon'], 4)} ({summary['accountant']})",
@@ -261,7 +239,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     console = Console()
     with console.capture() as captured:
         console.print(table)
-        console.print("* on the evaluation table; not covered by ε", highlight=False)
+        console.print(f"* {summary['evaluation']}", highlight=False)
         for line in summary["assumptions"]:
             console.print(line, highlight=False)
     say(captured.get().rstrip("\n"))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import itertools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
-from fastdp import data, report
+from fastdp import data, metrics, report
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, require
 from fastdp.job import INTERRUPTED, USAGE_ERROR, agree, complain, end_all_ranks, interrupted, together, usage_error
+from fastdp.models import build_model
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.sampling import PrivateLoader
 
@@ -55,9 +56,17 @@ class Options:
     """What can be chosen. The defaults were tuned on a split of Adult's training rows, not on its test rows."""
 
     data: str = "adult"
-    "Table to train on: adult (UCI Adult, which ships with the package)."
+    """Table to train on: adult (UCI Adult, which ships with the package); a CSV, Parquet or Arrow file, or a folder of
+    such, with --schema; or module:attribute, a fastdp.data.Table or a pair (training, evaluation) of datasets."""
+    schema: Path | None = None
+    "TOML file that declares the columns of a table in files: types, public bounds, vocabularies, label or target."
+    evaluation_data: Path | None = None
+    "File or folder of evaluation rows. Without it, rows of the table are held out, and epsilon does not protect them."
+    evaluation_fraction: float | None = None
+    "Share of rows held out where there is no --evaluation-data; 0.2 if not given. Row numbers decide which."
     model: str = "mlp:32"
-    "mlp:H1,H2,... (hidden layers) or logistic."
+    """mlp:H1,H2,... (hidden layers), logistic, or module:attribute, an nn.Module or a callable(inputs, outputs) that
+    returns one."""
     target_epsilon: float | None = None
     "Privacy budget; the noise is calibrated to it. 1.0 if no noise multiplier is given."
     delta: float = 1e-5
@@ -90,25 +99,10 @@ class Options:
     "Folder for report.json, metrics.jsonl, model.pt and curves.png; runs/DATA-TIME if not given."
 
 
-def build_model(spec: str, inputs: int, classes: int) -> nn.Module:
-    """`mlp:64,32` or `logistic`: one logit for two classes, otherwise one per class."""
-    kind, _, sizes = spec.partition(":")
-    hidden: list[int] = []
-    if kind == "mlp":
-        fields = sizes.split(",")
-        good = all(field.isdecimal() and int(field) > 0 for field in fields)
-        require(good, "model", spec, "mlp:H1,H2,... with positive integers, or logistic")
-        hidden = [int(field) for field in fields]
-    else:
-        require(spec == "logistic", "model", spec, "mlp:H1,H2,... with positive integers, or logistic")
-    layers: list[nn.Module] = []
-    for width, following in itertools.pairwise([inputs, *hidden]):
-        layers += [nn.Linear(width, following), nn.Tanh()]  # bounded: Papernot et al. 2020, arXiv:2007.14191
-    return nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], 1 if classes == 2 else classes))
-
-
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the batch of each record's log-loss."""
+    """Mean over the batch of each record's log-loss, or of its squared error where labels are targets."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits.squeeze(1), labels)
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits.squeeze(1), labels.to(logits.dtype))
     return F.cross_entropy(logits, labels)
@@ -129,8 +123,8 @@ def check_options(options: Options) -> None:
 
 def load_table(options: Options) -> data.Table:
     check_options(options)
-    table = data.load(options.data)
-    data.check_finite(table.train_features, table.feature_names)
+    table = data.load(options.data, options.schema, options.evaluation_data, options.evaluation_fraction)
+    data.check(table)
     n = len(table.train_labels)
     require(1 <= options.batch_size <= n, "batch_size", options.batch_size, f"in [1, {n}], the training records")
     return table
@@ -157,7 +151,7 @@ class Run:
     def assumptions(self) -> list[str]:
         """Of the engine, and what the engine does not know."""
         too_large = self.options.delta >= 1 / len(self.table.train_labels)
-        return [delta_too_large(self.options)] * too_large + self.engine.assumptions()
+        return [delta_too_large(self.options)] * too_large + [*self.engine.assumptions(), *self.table.assumptions]
 
     def so_far(self, output: report.Output | None) -> str:
         """For those who end the run: what it cost, and what there is of it."""
@@ -173,7 +167,7 @@ def make_run(options: Options, comm: Communicator, table: data.Table) -> Run:
         torch.seed()
     else:
         torch.manual_seed(options.seed)
-    model = build_model(options.model, table.train_features.shape[1], table.num_classes)
+    model = build_model(options.model, table.train_features.shape[1:], table.outputs)
     engine = fastdp.PrivacyEngine(accountant=options.accountant, seed=options.seed)
     common: dict[str, Any] = {
         "module": model,
@@ -197,10 +191,11 @@ def make_run(options: Options, comm: Communicator, table: data.Table) -> Run:
     return Run(options, comm, table, engine, *made)
 
 
-def make_output(options: Options, comm: Communicator) -> report.Output | None:
+def make_output(options: Options, comm: Communicator, table: data.Table) -> report.Output | None:
     """The folder of results; on rank 0 only."""
     now = f"{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"[:-3]
-    return report.Output(options.output or Path("runs") / f"{options.data}-{now}") if comm.rank == 0 else None
+    name = re.sub(r"[^\w-]+", "-", table.name)
+    return report.Output(options.output or Path("runs") / f"{name}-{now}") if comm.rank == 0 else None
 
 
 def check_same(comm: Communicator, options: Options) -> None:
@@ -234,7 +229,7 @@ def train(run: Run, output: report.Output | None) -> dict[str, Any]:
 
     All ranks evaluate, though rank 0 alone speaks: it would keep the others waiting, and their patience has an end.
     """
-    options, model, optimizer, loader = run.options, run.model, run.optimizer, run.loader
+    options, table, model, optimizer, loader = run.options, run.table, run.model, run.optimizer, run.loader
     steps = options.epochs * len(loader)
     progress = report.Progress(output is not None, steps, options.batch_size)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -251,17 +246,17 @@ def train(run: Run, output: report.Output | None) -> dict[str, Any]:
                 schedule.step()
                 progress.advance()
             seconds += time.perf_counter() - started
-            metrics = {
+            figures = {
                 "epoch": epoch,
                 "step": optimizer.steps,
                 "epsilon": run.engine.get_epsilon(options.delta),
                 "private": run.is_private,
-                **report.evaluate(model, run.table.test_features, run.table.test_labels),
+                **metrics.evaluate(model, table.test_features, table.test_labels, table.target),
             }
             if output is not None:
-                output.append_metrics(metrics)
-            progress.epoch(metrics, seconds / optimizer.steps)
-    return summarise(run, metrics, seconds)
+                output.append_metrics(figures)
+            progress.epoch(figures, seconds / optimizer.steps)
+    return summarise(run, figures, seconds)
 
 
 def finish(run: Run, output: report.Output, summary: dict[str, Any]) -> int:
@@ -280,11 +275,10 @@ def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any
     """What the report holds: DP outputs, or figures on the evaluation table, and what to know about both."""
     options, plan = run.options, run.engine.plan
     assert plan is not None
+    table, shown = run.table, [key for key in metrics.NAMES if key in last]
     steps = run.optimizer.steps
     return {
-        "accuracy": last["accuracy"],
-        "auc": last["auc"],
-        "log_loss": last["log_loss"],
+        **{key: last[key] for key in shown},
         "epsilon": last["epsilon"] if math.isfinite(last["epsilon"]) else None,  # JSON knows no infinity
         "delta": options.delta,
         "noise_multiplier": plan.noise_multiplier,
@@ -294,7 +288,7 @@ def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any
         "epochs": options.epochs,
         "batch_size": plan.batch_size,
         "training_records": plan.dataset_size,
-        "evaluation_records": len(run.table.test_labels),
+        "evaluation_records": len(table.test_labels),
         "lr": options.lr,
         "lr_schedule": options.lr_schedule,
         "momentum": options.momentum,
@@ -305,7 +299,8 @@ def summarise(run: Run, last: dict[str, float], seconds: float) -> dict[str, Any
         "accountant": options.accountant,
         "private": run.is_private,
         "assumptions": run.assumptions,
-        "evaluation": "accuracy, auc and log_loss are of the evaluation table and not covered by epsilon",
+        "evaluation": metrics.describe(shown, table.evaluation, table.target),
+        "task": table.task,
         "data": options.data,
         "model": options.model,
         "fastdp": fastdp.__version__,
@@ -332,9 +327,10 @@ def run_from_options(*, options: Annotated[Options, Parameter(name="*")] = Optio
         agree(comm, None)  # ranks whose command line is wrong come here with what is wrong
         together(comm, lambda: check_same(comm, options))
         table = together(comm, lambda: load_table(options))
+        together(comm, lambda: data.check_same(comm, table))
         announce(options, comm, table)
         run = made = together(comm, lambda: make_run(options, comm, table))
-        output = together(comm, lambda: make_output(options, comm))
+        output = together(comm, lambda: make_output(options, comm, table))
         summary = train(made, output)
         # On rank 0 alone: a slow disk does not try the others' patience.
         return 0 if output is None else finish(made, output, summary)

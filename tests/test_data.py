@@ -10,11 +10,15 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from fastdp.data import Column, Schema, Table, check_finite, load, parse_schema
+from fastdp.columns import Column, Layout, Schema
+from fastdp.data import Table, check_finite, load
 from fastdp.errors import ArgumentError
+from fastdp.files import parse
+from fastdp.schema import parse_schema
 
 DATASETS = resources.files("fastdp") / "datasets"
 
@@ -145,11 +149,11 @@ def test_file_is_rebuilt_from_the_raw_files(uci: dict[str, bytes], schema: Schem
     assert pack(uci, schema) == (DATASETS / "adult.npz").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["adlut", "", "/nowhere/table.csv"])
+@pytest.mark.parametrize("name", ["adlut", "/nowhere/table", "a:b:c", "7:x"])
 def test_unknown_name(name: str) -> None:
     with pytest.raises(ArgumentError) as error:
         load(name)
-    assert str(error.value) == f"data={name!r}: must be one of 'adult'"
+    assert str(error.value).startswith(f"data={name!r}: must be 'adult', a file or folder that exists")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -192,14 +196,18 @@ def column(name: str) -> Column:
     return next(c for c in parse_schema(SMALL).columns if c.name == name)
 
 
+def cells_of(name: str, texts: list[str]) -> np.ndarray:
+    return parse(column(name), pa.array(texts), Layout())
+
+
 def test_small_contract() -> None:
     small = parse_schema(SMALL)
     assert not small.size_is_public  # a table's size is private unless declared
     assert small.feature_names == ("x", "x in [-inf, 5)", "x in [5, inf)", "colour=red", "colour=?")
     cells = {
-        "x": column("x").parse(["-3", "2.5", "5", "1e6"]),
-        "colour": column("colour").parse(["red", "?", "red", "?"]),
-        "y": column("y").parse(["no", "yes", "no", "yes"]),
+        "x": cells_of("x", ["-3", "2.5", "5", "1e6"]),
+        "colour": cells_of("colour", ["red", "?", "red", "?"]),
+        "y": cells_of("y", ["no", "yes", "no", "yes"]),
     }
     features, labels = small.encode(cells)
     expected = [[0, 1, 0, 1, 0], [0.25, 1, 0, 0, 1], [0.5, 0, 1, 1, 0], [1, 0, 1, 0, 1]]  # -3 and 1e6 clamped
@@ -216,14 +224,14 @@ def test_small_contract() -> None:
         ("colour", ["red", "blue"], "column 'colour', row 1='blue': must be one of 'red', '?'"),
         ("y", ["no", "maybe"], "column 'y', row 1='maybe': must be one of 'no', 'yes'"),
         ("x", ["1", "2", "three"], "column 'x', row 2='three': must be a finite number"),
-        ("x", ["1", ""], "column 'x', row 1='': must be a finite number"),
-        ("x", ["1", "nan"], "column 'x', row 1=nan: must be a finite number"),
-        ("x", ["-inf"], "column 'x', row 0=-inf: must be a finite number"),
+        ("x", ["1", ""], "column 'x', row 1='': must be there: no value is declared for missing cells of this column"),
+        ("x", ["1", "nan"], "column 'x', row 1='nan': must be a finite number"),
+        ("x", ["-inf"], "column 'x', row 0='-inf': must be a finite number"),
     ],
 )
 def test_bad_cells_are_named(name: str, texts: list[str], message: str) -> None:
     with pytest.raises(ArgumentError) as error:
-        column(name).parse(texts)
+        cells_of(name, texts)
     assert str(error.value) == message
 
 

@@ -28,7 +28,7 @@ def test_import_is_light() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import fastdp\n"
         "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
-        "print(sorted(new & {'mpi4py', 'dp_accounting', 'matplotlib', 'scipy', 'rich', 'cyclopts'}))"
+        "print(sorted(new & {'mpi4py', 'dp_accounting', 'matplotlib', 'scipy', 'rich', 'cyclopts', 'pyarrow'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from mpi import launch
 
-from fastdp import ArgumentError, data, report, train
+from fastdp import ArgumentError, data, metrics, report, train
 
 
 def train_cli(
@@ -83,7 +83,7 @@ def test_the_same_run_on_more_ranks(seeded: dict[int, Path], ranks: int) -> None
 
 def test_the_saved_model_gives_the_reported_figures(seeded: dict[int, Path]) -> None:
     table = data.load("adult")
-    model = train.build_model("mlp:32", table.train_features.shape[1], 2)
+    model = train.build_model("mlp:32", table.train_features.shape[1:], table.outputs)
     model.load_state_dict(torch.load(seeded[0] / "model.pt", weights_only=True))
     summary = json.loads((seeded[0] / "report.json").read_text())
     logits = model(table.test_features).detach().squeeze(1).double()
@@ -98,8 +98,8 @@ def test_area_under_roc_by_counting_pairs() -> None:
     score, labels = torch.randint(0, 10, (60,)).double(), torch.randint(0, 2, (60,))
     positive, negative = score[labels == 1], score[labels == 0]
     wins = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative).double()
-    assert report.area_under_roc(score, labels) == pytest.approx(wins.mean().item(), abs=1e-12)
-    assert math.isnan(report.area_under_roc(score, torch.ones(60)))
+    assert metrics.area_under_roc(score, labels) == pytest.approx(wins.mean().item(), abs=1e-12)
+    assert math.isnan(metrics.area_under_roc(score, torch.ones(60)))
 
 
 def test_toml_config_and_shuffled_batches(tmp_path: Path) -> None:
@@ -116,7 +116,18 @@ def test_toml_config_and_shuffled_batches(tmp_path: Path) -> None:
 
 
 BAD = {
-    "data='nope': must be one of 'adult'": ["--data", "nope"],
+    "data='nope': must be 'adult', a file or folder that exists": ["--data", "nope"],
+    "data='missing.csv': must be a file or folder that exists": ["--data", "missing.csv", "--schema", "/dev/null"],
+    "schema=None: must be a TOML file that declares the columns of missing.csv": ["--data", "missing.csv"],
+    "schema='s.toml': must be absent for data='adult': it is for files": ["--schema", "s.toml"],
+    "evaluation_fraction=0.5: must be absent for data='adult'": ["--evaluation-fraction", "0.5"],
+    "data='no_such_module:table': must be module:attribute": ["--data", "no_such_module:table"],
+    "data='math:table': must be module:attribute, of a module that can be imported from here; math has no": [
+        "--data",
+        "math:table",
+    ],
+    "model='math:pi': must be an nn.Module, or a callable(inputs: int, outputs: int)": ["--model", "math:pi"],
+    "model='math:nope'": ["--model", "math:nope"],
     "target_epsilon=0.0: must be finite and > 0": ["--target-epsilon", "0"],
     "target_epsilon=-1.0: must be finite and > 0": ["--target-epsilon=-1"],
     "max_grad_norm=-1.0: must be finite and >= 0": ["--max-grad-norm=-1"],
@@ -150,12 +161,13 @@ def test_bad_arguments_are_one_line_and_status_2_on_all_ranks(ranks: int, tmp_pa
     printed = launch.run("train_errors.py", json.dumps(cases), str(tmp_path), ranks=ranks)
     results = json.loads(printed)
     messages = [*BAD, "column", "module.0='BatchNorm1d'"]
+    messages += ["data='rank 1 has 32561 training and 16281 evaluation rows': must be the same"] if ranks > 1 else []
     assert len(results) == len(messages)
     for (arguments, statuses, stderr), message in zip(results, messages, strict=True):
         assert statuses == [2] * ranks, arguments
         assert stderr.startswith("fastdp.train: error: ") and stderr.count("\n") == 1, stderr
         assert message in stderr, (arguments, stderr)
-    assert "nan" in results[-2][2] and "row 7" in results[-2][2]
+    assert "nan" in results[len(BAD)][2] and "row 7" in results[len(BAD)][2]
     assert list(tmp_path.iterdir()) == []
 
 

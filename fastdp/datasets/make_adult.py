@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from fastdp.data import Schema, parse_schema
+from fastdp.columns import Schema
+from fastdp.files import parse
+from fastdp.schema import parse_schema
 
 HERE = Path(__file__).parent
 SPLITS = {"train": "adult.data", "test": "adult.test"}
@@ -40,7 +43,10 @@ def pack(raw: dict[str, bytes], schema: Schema) -> bytes:
     for split, file in SPLITS.items():
         columns = list(zip(*rows(raw[file]), strict=True))
         for column, texts in zip(schema.columns, columns, strict=True):
-            cells = column.parse(texts)
+            if column.type == "ignore":
+                cells = np.array(texts, np.int32)
+            else:
+                cells = parse(column, pa.array(texts), schema.layout)
             arrays[f"{split}.{column.name}"] = cells.astype(np.uint8 if column.spellings else np.int32)
     buffer = io.BytesIO()
     # numpy writes 1980-01-01 as every member's time.

@@ -36,12 +36,18 @@ for case in cases:
 whole = data.load("adult")
 features = whole.train_features.clone()
 features[7, 3] = float("nan")
-data.load = lambda name: dataclasses.replace(whole, train_features=features)
+data.load = lambda *args: dataclasses.replace(whole, train_features=features)
 run(["--output", str(folder / "nan")])
 
-data.load = lambda name: whole
+data.load = lambda *args: whole
 train.build_model = lambda *args: torch.nn.Sequential(torch.nn.BatchNorm1d(166), torch.nn.Linear(166, 1))
 run(["--output", str(folder / "batchnorm")])
+
+if comm.size > 1:
+    labels = whole.train_labels.clone()
+    labels[5] = 1 - labels[5] if comm.rank == 1 else labels[5]
+    data.load = lambda *args: dataclasses.replace(whole, train_labels=labels)
+    run(["--output", str(folder / "mixture")])
 
 if comm.rank == 0:
     json.dump(results, sys.stdout)

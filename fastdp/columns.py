@@ -1,0 +1,163 @@
+"""The column contract as objects, and rows to tensors by it. fastdp/schema.py reads it and says what it means.
+
+The encoding of a row depends on that row and on what is declared, on nothing else (P11).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastdp.errors import ArgumentError
+
+Array = npt.NDArray[Any]
+
+
+class CellError(ArgumentError):
+    """A cell that its column's contract forbids. `row` counts from 0, in the cells that were at hand."""
+
+    def __init__(self, column: object, row: int, value: object, bound: str, file: str = "") -> None:
+        super().__init__(f"column {column!r}, row {row}{file and f' of {file}'}", value, bound)
+        self.cell = (column, row, value, bound)
+
+    def at(self, first_row: int, file: str) -> CellError:
+        """The same, where `first_row` rows of `file` stand before the cells that were at hand."""
+        column, row, value, bound = self.cell
+        return CellError(column, first_row + row, value, bound, file)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the contract."""
+
+    name: str
+    type: Literal["number", "category", "label", "target", "ignore"]
+    bounds: tuple[float, float] = (0.0, 0.0)
+    scale: Literal["linear", "log", "none"] = "linear"
+    bins: tuple[float, ...] = ()
+    values: tuple[str, ...] = ()  # categories, or the first spelling of each class
+    spellings: Mapping[str, int] | None = None  # what may stand in the raw file -> code
+    missing: float | None = None  # number or code that stands for a missing cell; NaN: an indicator of its own
+
+    @property
+    def has_indicator(self) -> bool:
+        """Whether missing cells are NaN after parsing, and have a feature of their own."""
+        return self.missing is not None and math.isnan(self.missing)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the features that `encode` makes of this column."""
+        if self.type == "category":
+            return tuple(f"{self.name}={value}" for value in self.values)
+        if self.type != "number":
+            return ()
+        names: tuple[str, ...] = () if self.scale == "none" else (self.name,)
+        if self.bins:
+            bins = itertools.pairwise((-math.inf, *self.bins, math.inf))
+            names += tuple(f"{self.name} in [{low:g}, {high:g})" for low, high in bins)
+        return (*names, f"{self.name} is missing") if self.has_indicator else names
+
+    def check(self, cells: Array) -> Array:
+        """`cells` [n] unchanged if they are codes of the vocabulary, or finite numbers (NaN where that means missing).
+
+        Raises:
+            CellError: naming column, row (from 0) and value of the first other cell.
+        """
+        if self.spellings is None:
+            bad, bound = ~np.isfinite(cells), "a finite number"
+            if self.has_indicator:
+                bad &= ~np.isnan(cells)
+        else:
+            bad, bound = (cells < 0) | (cells >= len(self.values)), f"a code in [0, {len(self.values)})"
+        if bad.any():
+            row = int(bad.argmax())
+            raise CellError(self.name, row, cells[row].item(), bound)
+        return cells
+
+    def scaled(self, cells: Array) -> Array:
+        """`cells`, clamped to the bounds, in [0, 1]."""
+        low, high = self.bounds
+        above = np.clip(cells, low, high) - low
+        return above / (high - low) if self.scale != "log" else np.log1p(above) / math.log1p(high - low)
+
+    def unscaled(self, scaled: torch.Tensor) -> torch.Tensor:
+        """The inverse of `scaled`, for floating-point tensors; what lies outside [0, 1] is clamped."""
+        low, high = self.bounds
+        inside = scaled.clamp(0, 1)
+        return low + (inside * (high - low) if self.scale != "log" else torch.expm1(inside * math.log1p(high - low)))
+
+    def encode(self, cells: Array, out: npt.NDArray[np.float32]) -> None:
+        """Write the features of `cells` [n], codes or numbers, into zeros `out` float32 [n, len(feature_names)]."""
+        rows: Array = np.arange(len(cells))
+        self.check(cells)
+        if self.type == "category":
+            out[rows, cells] = 1
+            return
+        if self.has_indicator:
+            missing = np.isnan(cells)
+            out[missing, -1] = 1
+            rows, cells = rows[~missing], cells[~missing]
+        if self.scale != "none":
+            out[rows, 0] = self.scaled(cells)
+        if self.bins:
+            # Values outside the bounds need no clamping here: the edges lie inside.
+            out[rows, (self.scale != "none") + np.searchsorted(self.bins, cells, side="right")] = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How cells are written in files."""
+
+    header: bool = True
+    delimiter: str = ","
+    comment: str = ""
+    strip: bool = True
+    nulls: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A column contract."""
+
+    name: str
+    size_is_public: bool
+    columns: tuple[Column, ...]
+    layout: Layout = Layout()
+
+    @property
+    def label(self) -> Column:
+        """The column of the label or target."""
+        return next(column for column in self.columns if column.type in ("label", "target"))
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of all features, in the order of `encode`."""
+        return tuple(name for column in self.columns for name in column.feature_names)
+
+    def encode(self, cells: Mapping[str, Array]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cells by column name, codes or numbers [n], to features float32 [n, D] and labels [n].
+
+        Labels are int64 classes, or scaled targets in float32.
+
+        Raises:
+            CellError: naming column, row and value of the first bad cell.
+        """
+        labels = self.label.check(cells[self.label.name])
+        labels = (
+            self.label.scaled(labels).astype(np.float32) if self.label.type == "target" else labels.astype(np.int64)
+        )
+        features = np.zeros((len(labels), len(self.feature_names)), np.float32)
+        start = 0
+        for column in self.columns:
+            width = len(column.feature_names)
+            if width:
+                column.encode(cells[column.name], features[:, start : start + width])
+            start += width
+        return torch.from_numpy(features), torch.from_numpy(labels)

@@ -1,0 +1,262 @@
+"""Table files to tensors: CSV, Parquet and Arrow, by a declared schema, a batch of rows at a time.
+
+pyarrow does what touches every cell: reading, stripping, looking up in the vocabulary, texts to numbers.
+"""
+
+from __future__ import annotations
+
+import bisect
+import gzip
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdp.columns import Array, CellError, Column, Layout, Schema
+from fastdp.errors import ArgumentError, require
+
+if TYPE_CHECKING:  # 0.5 s to import, and only tables from files need it
+    import pyarrow as pa
+
+KINDS: Final = {
+    ".csv": "csv",
+    ".csv.gz": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+}
+ENDINGS: Final = ", ".join(KINDS)
+
+# Rows that are encoded at once: the temporaries of a column stay in the cache, the calls per batch do not count.
+BATCH_ROWS = 65536
+CSV_BLOCK_BYTES = 8 << 20  # no row may be longer
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file's ending says it is."""
+    return next((kind for ending, kind in KINDS.items() if path.name.lower().endswith(ending)), None)
+
+
+def list_files(argument: str, path: Path) -> list[Path]:
+    """The file, or a folder's files in order of their names; ArgumentError unless they are tables of one kind.
+
+    Names that begin with a dot or an underscore are passed over: Spark writes `_SUCCESS` and `.part-0.crc`.
+    """
+    require(path.exists(), argument, str(path), "a file or folder that exists")
+    files = [path]
+    if path.is_dir():
+        files = sorted((p for p in path.iterdir() if p.name[0] not in "._"), key=lambda p: p.name)
+        require(bool(files), argument, str(path), f"a folder with files that end in {ENDINGS}")
+    for file in files:
+        require(file.is_file() and kind_of(file) is not None, argument, str(file), f"a file that ends in {ENDINGS}")
+    kinds = sorted({kind_of(file) or "" for file in files})
+    require(len(kinds) == 1, argument, str(path), f"a folder of files of one kind, not of {' and '.join(kinds)}")
+    return files
+
+
+def read(argument: str, path: Path, schema: Schema) -> tuple[Tensor, Tensor]:
+    """Features float32 [n, D] and labels [n] (as of `Schema.encode`) of all rows.
+
+    argument: what the path was given as, for messages.
+    Raises ArgumentError naming the file, or the column, row (from 0, header not counted) and value.
+    """
+    import pyarrow as pa
+
+    parts: list[tuple[Tensor, Tensor]] = []
+    for file in list_files(argument, path):
+        try:
+            names, batches = _OPEN[kind_of(file) or ""](file, schema)
+            used = _used_columns(names, file.name, schema)
+            first_row = 0
+            for batch in batches(used):
+                try:
+                    parts.append(_encode(batch, schema))
+                except CellError as error:
+                    raise error.at(first_row, file.name) from None
+                first_row += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise ArgumentError(argument, str(file), f"a {kind_of(file)} file that can be read ({reason})") from error
+    require(sum(len(labels) for _, labels in parts) > 0, argument, str(path), "a table with at least one row")
+    features, labels = zip(*parts, strict=True)
+    return torch.cat(features), torch.cat(labels)
+
+
+def parse(column: Column, cells: pa.Array, layout: Layout) -> Array:
+    """A batch of a column to codes int64 [n] (category, label) or numbers float64 [n], missing cells filled in.
+
+    Raises:
+        CellError: the row (from 0) and value of the first cell that is missing without a policy, undeclared, or no
+            finite number.
+        ArgumentError: the column's type cannot hold what is declared.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    raw = cells
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    texts = str(cells.type) in ("string", "large_string", "string_view", "null")
+    if texts:
+        cells = cells.cast(pa.string())
+        cells = pc.utf8_trim_whitespace(cells) if layout.strip else cells
+    codes = column.spellings is not None
+    whole = pa.types.is_integer(cells.type) or pa.types.is_boolean(cells.type)
+    numbers = whole or pa.types.is_floating(cells.type) or pa.types.is_decimal(cells.type)
+    bound = "texts, integers or booleans" if codes else "numbers, or texts that are"
+    require(texts or (whole if codes else numbers), f"type of column {column.name!r}", str(cells.type), bound)
+    nulls = pa.array(layout.nulls, pa.string())
+    if codes:
+        cells = cells.cast(pa.string())
+        parsed, missing = _codes(column, cells, nulls)
+    else:
+        cells = pc.if_else(pc.is_in(cells, value_set=nulls), pa.scalar(None, pa.string()), cells) if texts else cells
+        parsed, missing = _numbers(column, cells), cells.is_null().to_numpy(zero_copy_only=False)
+    if missing.any():
+        if column.missing is None:
+            row = int(missing.argmax())
+            bound = "there: no value is declared for missing cells of this column"
+            raise CellError(column.name, row, raw[row].as_py(), bound)
+        parsed[missing] = column.missing
+    return parsed
+
+
+def _codes(column: Column, texts: pa.Array, nulls: pa.Array) -> tuple[Array, Array]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    assert column.spellings is not None
+    spellings = pa.array(column.spellings, pa.string())
+    position = pc.index_in(texts, value_set=spellings).fill_null(len(spellings)).to_numpy()
+    code = np.array([*column.spellings.values(), -1], np.int64)[position]
+    missing = (code < 0) & pc.is_in(texts, value_set=nulls).to_numpy(zero_copy_only=False)
+    missing |= texts.is_null().to_numpy(zero_copy_only=False)
+    unknown = (code < 0) & ~missing
+    if unknown.any():
+        row = int(unknown.argmax())
+        raise CellError(column.name, row, texts[row].as_py(), f"one of {', '.join(map(repr, column.spellings))}")
+    return code, missing
+
+
+def _numbers(column: Column, cells: pa.Array) -> Array:
+    """float64, with NaN where a cell is null and nowhere else."""
+    import pyarrow as pa
+
+    def readable(rows: int) -> bool:
+        try:
+            cells[:rows].cast(pa.float64(), safe=False)
+        except pa.ArrowInvalid:
+            return False
+        return True
+
+    if not readable(len(cells)):
+        row = bisect.bisect_left(range(1, len(cells) + 1), True, key=lambda rows: not readable(rows))
+        raise CellError(column.name, row, cells[row].as_py(), "a finite number")
+    numbers: Array = cells.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    bad = ~np.isfinite(numbers) & cells.is_valid().to_numpy(zero_copy_only=False)
+    if bad.any():
+        row = int(bad.argmax())
+        raise CellError(column.name, row, cells[row].as_py(), "a finite number")
+    return numbers if numbers.flags.writeable else numbers.copy()
+
+
+def _encode(batch: pa.RecordBatch, schema: Schema) -> tuple[Tensor, Tensor]:
+    columns = {column.name: column for column in schema.columns}
+    return schema.encode(
+        {
+            name: parse(columns[name], cells, schema.layout)
+            for name, cells in zip(batch.schema.names, batch.columns, strict=True)
+        }
+    )
+
+
+def _used_columns(names: list[str], file: str, schema: Schema) -> list[str]:
+    """Names of the columns to read, in the schema's order."""
+    for name in names:
+        require(names.count(name) == 1, f"column {name!r} of {file}", "twice", "there once")
+    declared = [column.name for column in schema.columns]
+    for name in names:
+        require(
+            name in declared, f"column {name!r} of {file}", "undeclared", 'in the schema, as type = "ignore" at least'
+        )
+    used = [column.name for column in schema.columns if column.type != "ignore"]
+    for name in used:
+        require(
+            name in names, f"column {name!r} of {file}", "absent", f"there, as the schema declares; there are {names}"
+        )
+    return used
+
+
+# A file of each kind: the names of its columns, and what reads those that are used, batch by batch.
+Opened = tuple[list[str], "Callable[[list[str]], Iterator[pa.RecordBatch]]"]
+
+
+def _open_csv(file: Path, schema: Schema) -> Opened:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    layout = schema.layout
+    comments = 0
+    if layout.comment:
+        with gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb") as stream:
+            prefix = layout.comment.encode()
+            comments = sum(1 for _ in itertools.takewhile(lambda line: line.startswith(prefix), stream))
+
+    def start(**convert: Any) -> csv.CSVStreamingReader:
+        return csv.open_csv(
+            file,
+            read_options=csv.ReadOptions(
+                use_threads=False,  # then errors name the row; and ranks share the cores
+                block_size=CSV_BLOCK_BYTES,
+                skip_rows=comments,
+                column_names=None if layout.header else [column.name for column in schema.columns],
+            ),
+            parse_options=csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True),
+            convert_options=csv.ConvertOptions(strings_can_be_null=False, **convert),
+        )
+
+    with start() as reader:
+        raw = reader.schema.names
+    names = [name.strip() if layout.strip else name for name in raw]
+
+    def batches(used: list[str]) -> Iterator[pa.RecordBatch]:
+        there = [raw[names.index(name)] for name in used]
+        # Everything as text: types inferred from the first rows would not suit the rest.
+        with start(include_columns=there, column_types=dict.fromkeys(there, pa.string())) as reader:
+            for batch in reader:
+                yield batch.rename_columns(used)
+
+    return names, batches
+
+
+def _open_parquet(file: Path, schema: Schema) -> Opened:
+    from pyarrow import parquet
+
+    opened = parquet.ParquetFile(file, memory_map=True)
+    return opened.schema_arrow.names, lambda used: opened.iter_batches(BATCH_ROWS, columns=used, use_threads=False)
+
+
+def _open_arrow(file: Path, schema: Schema) -> Opened:
+    import pyarrow as pa
+
+    opened = pa.ipc.open_file(pa.memory_map(str(file)))
+
+    def batches(used: list[str]) -> Iterator[pa.RecordBatch]:
+        for i in range(opened.num_record_batches):
+            whole = opened.get_batch(i).select(used)
+            for first in range(0, whole.num_rows, BATCH_ROWS):
+                yield whole.slice(first, BATCH_ROWS)
+
+    return opened.schema.names, batches
+
+
+_OPEN: Final[dict[str, Callable[[Path, Schema], Opened]]] = {
+    "csv": _open_csv,
+    "parquet": _open_parquet,
+    "arrow": _open_arrow,
+}

@@ -1,0 +1,178 @@
+"""The column contract of a table: what each column may hold, and how it becomes features, declared in a TOML file.
+
+Nothing is computed from the records: bounds, vocabularies, bins and fill values are declared and public, so that the
+encoding of a row depends on that row alone and costs no privacy (P11). datasets/adult.toml is a complete example.
+
+    format = 1                      # of this file
+    name = "loans"
+    size_is_public = false          # whether the number of rows is known anyway
+    # title = "..."                 # for readers
+
+    [file]                          # how cells are written; all of it may be left out
+    header = true                   # CSV: the first line names the columns, in any order; false: they come as below
+    delimiter = ","                 # CSV
+    comment = ""                    # CSV: lines at the top of a file that begin so are passed over
+    strip = true                    # blanks around texts do not count
+    nulls = [""]                    # texts that mean "missing", like nulls, unless a vocabulary has them
+
+    [[column]]                      # one per column of the file, under its name
+    name = "age"
+    type = "number"                 # also texts that are numbers; NaN and infinities are errors
+    bounds = [18, 90]               # values outside are clamped
+    scale = "linear"                # maps bounds to [0, 1]; "log": so for log(1 + value - low); "none": bins only
+    bins = [30, 60]                 # k edges, k + 1 indicator features: value < 30, 30 <= value < 60, value >= 60
+    missing = 40                    # stands for a missing value; "indicator": a feature of its own, the others are 0
+
+    [[column]]
+    name = "job"
+    type = "category"               # texts, integers or booleans, as texts: "1", "true"
+    values = ["clerk", ["none", "?"]]   # one indicator feature each; a list holds spellings of one value
+    missing = "none"                # one of the values
+
+    [[column]]
+    name = "zip"
+    type = "ignore"                 # not a feature; the file may lack it
+
+    [[column]]                      # exactly one column is a label or a target
+    name = "repaid"
+    type = "label"                  # classification; two classes or more
+    values = ["no", "yes"]          # as for categories: class 0, class 1, ...
+
+    # [[column]]
+    # name = "amount"
+    # type = "target"               # regression
+    # bounds = [0, 50000]           # targets are clamped; the model is trained on the scaled ones
+    # scale = "linear"              # or "log"
+
+A missing value without `missing`, and always in a label or target, is an error, as is a column that is not declared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+from fastdp.columns import Column, Layout, Schema
+from fastdp.errors import ArgumentError, require
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+
+def parse_schema(text: str) -> Schema:
+    """A column contract from the text of its TOML file.
+
+    Raises:
+        ArgumentError: naming the column, and the field that is missing, unknown or out of its bounds.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ArgumentError("schema", " ".join(str(error).split()), "TOML") from None
+    require(document.get("format") == 1, "format", document.get("format"), "1, the format that this version reads")
+    _only(document, "schema", {"format", "name", "title", "size_is_public", "file", "column"})
+    name: Any = document.get("name")
+    require(isinstance(name, str) and name != "", "name", name, "a name for the table")
+    size_is_public: Any = document.get("size_is_public", False)
+    require(isinstance(size_is_public, bool), "size_is_public", size_is_public, "true or false")
+    layout = _parse_layout(document.get("file", {}))
+    tables: Any = document.get("column", [])
+    good = isinstance(tables, list) and all(isinstance(fields, dict) for fields in tables)
+    require(good, "column", tables, "[[column]] tables")
+    columns = tuple(_parse_column(fields, layout) for fields in tables)
+    names = [column.name for column in columns]
+    require(len(set(names)) == len(names), "column", names, "of different names")
+    labels = [column.name for column in columns if column.type in ("label", "target")]
+    require(len(labels) == 1, "label", labels, "exactly one column of type label or target")
+    schema = Schema(name, size_is_public, columns, layout)
+    require(len(schema.feature_names) > 0, "column", names, "such that there is a feature")
+    return schema
+
+
+def _parse_layout(fields: Any) -> Layout:
+    require(isinstance(fields, dict), "file", fields, "a [file] table")
+    _only(fields, "file", {"header", "delimiter", "comment", "strip", "nulls"})
+    header, strip = fields.get("header", True), fields.get("strip", True)
+    for key, value in (("header", header), ("strip", strip)):
+        require(isinstance(value, bool), f"file.{key}", value, "true or false")
+    delimiter, comment, nulls = fields.get("delimiter", ","), fields.get("comment", ""), fields.get("nulls", [""])
+    one = isinstance(delimiter, str) and len(delimiter.encode()) == 1 and delimiter not in '"\r\n'
+    require(one, "file.delimiter", delimiter, "one ASCII character, not a quotation mark or a line's end")
+    require(isinstance(comment, str), "file.comment", comment, "a text")
+    require(isinstance(nulls, list) and all(isinstance(n, str) for n in nulls), "file.nulls", nulls, "a list of texts")
+    return Layout(header, delimiter, comment, strip, tuple(nulls))
+
+
+_FIELDS: Final[Mapping[str, frozenset[str]]] = {
+    "number": frozenset({"bounds", "scale", "bins", "missing"}),
+    "category": frozenset({"values", "missing"}),
+    "label": frozenset({"values"}),
+    "target": frozenset({"bounds", "scale"}),
+    "ignore": frozenset(),
+}
+
+
+def _parse_column(fields: Mapping[str, Any], layout: Layout) -> Column:
+    name: Any = fields.get("name")
+    kind: Any = fields.get("type")
+    require(isinstance(name, str) and name != "", "column.name", name, "a name")
+    require(isinstance(kind, str) and kind in _FIELDS, f"{name}.type", kind, f"one of {', '.join(map(repr, _FIELDS))}")
+    unknown = sorted(set(fields) - {"name", "type"} - _FIELDS[kind])
+    require(not unknown, f"{name}", unknown, f"without fields that a {kind} does not have")
+    if kind == "ignore":
+        return Column(name, "ignore")
+    return _parse_number(name, kind, fields) if "bounds" in _FIELDS[kind] else _parse_values(name, kind, fields, layout)
+
+
+def _parse_number(name: str, kind: Any, fields: Mapping[str, Any]) -> Column:
+    bounds, scale, bins = fields.get("bounds"), fields.get("scale", "linear"), fields.get("bins", [])
+    ordered = isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds)) and bounds[0] < bounds[1]
+    require(ordered, f"{name}.bounds", bounds, "[low, high], finite, low < high")
+    assert bounds is not None
+    scales = ("linear", "log", "none") if kind == "number" else ("linear", "log")
+    require(scale in scales, f"{name}.scale", scale, " or ".join((", ".join(map(repr, scales[:-1])), repr(scales[-1]))))
+    inside = isinstance(bins, list) and all(map(_is_number, bins))
+    inside = inside and all(a < b for a, b in itertools.pairwise([bounds[0], *bins, bounds[1]]))
+    require(inside, f"{name}.bins", bins, f"increasing and strictly inside {bounds}")
+    missing = fields.get("missing")
+    good = missing in (None, "indicator") or (_is_number(missing) and bounds[0] <= missing <= bounds[1])
+    require(good, f"{name}.missing", missing, f"a number in {bounds}, or 'indicator'")
+    if missing is not None:
+        missing = math.nan if missing == "indicator" else float(missing)
+    return Column(name, kind, (float(bounds[0]), float(bounds[1])), scale, tuple(map(float, bins)), missing=missing)
+
+
+def _parse_values(name: str, kind: Any, fields: Mapping[str, Any], layout: Layout) -> Column:
+    values: Any = fields.get("values")
+    groups = [v if isinstance(v, list) else [v] for v in values] if isinstance(values, list) else []
+    texts = [text for group in groups for text in group]
+    unique = all(groups) and all(isinstance(text, str) for text in texts) and len(set(texts)) == len(texts)
+    require(len(groups) >= 2 and unique, f"{name}.values", values, "two or more different texts")
+    bare = not layout.strip or all(text == text.strip() for text in texts)
+    require(bare, f"{name}.values", values, "without blanks around them, or [file] strip = false")
+    spellings = {text: code for code, group in enumerate(groups) for text in group}
+    missing = fields.get("missing")
+    good = missing is None or (isinstance(missing, str) and missing in spellings)
+    require(good, f"{name}.missing", missing, "one of the column's values")
+    return Column(
+        name,
+        kind,
+        values=tuple(group[0] for group in groups),
+        spellings=spellings,
+        missing=None if missing is None else spellings[missing],
+    )
+
+
+def _is_number(value: Any) -> bool:
+    # Not isfinite: TOML has integers that no float holds, and high - low must be finite, too.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _only(fields: Mapping[str, Any], name: str, known: set[str]) -> None:
+    unknown = sorted(set(fields) - known)
+    require(not unknown, name, unknown, f"without fields other than {', '.join(sorted(known))}")

@@ -1,0 +1,121 @@
+"""A data set in memory, ready for training, and what must be true of it before training may begin."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdp.columns import CellError, Column
+from fastdp.comm import Communicator
+from fastdp.errors import ArgumentError, require
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set ready for training. Features are finite; labels count classes from 0, or are regression targets.
+
+    No class names: regression. `target` says how the targets were scaled, so that figures are in their own unit.
+    Records may have any shape; D stands for it.
+    """
+
+    name: str
+    train_features: Tensor  # float32 [n, D]
+    train_labels: Tensor  # int64 [n], float32 for regression
+    test_features: Tensor  # float32 [m, D]
+    test_labels: Tensor  # as train_labels [m]
+    feature_names: tuple[str, ...]  # D names: "age", "sex=Male", "age in [25, 30)"; or none
+    class_names: tuple[str, ...]
+    size_is_public: bool  # whether n may be known to those who see the results
+    target: Column | None = None
+    evaluation: str = "the evaluation table"  # where the evaluation rows come from
+    assumptions: tuple[str, ...] = ()  # what a reader of the epsilon must know about this table
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 for regression."""
+        return len(self.class_names)
+
+    @property
+    def task(self) -> str:
+        """What is learned: "binary", "multi-class" or "regression"."""
+        return {0: "regression", 2: "binary"}.get(self.num_classes, "multi-class")
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a model of this table: a logit per class, one for two classes, one for a target."""
+        return self.num_classes if self.task == "multi-class" else 1
+
+
+def check(table: Table) -> None:
+    """Refuse a table that cannot be trained on; the user's code may have made it.
+
+    Raises:
+        ArgumentError: naming what is wrong, with row and value.
+    """
+    regression = table.task == "regression"
+    require(table.num_classes != 1, "class_names", table.class_names, "two or more; none for regression")
+    kind = torch.float32 if regression else torch.int64
+    width = table.train_features.shape[1:]
+    for split in ("train", "test"):
+        features, labels = getattr(table, f"{split}_features"), getattr(table, f"{split}_labels")
+        rows = features.shape[0] if features.ndim else 0
+        require(
+            rows >= 1 and features.numel() > 0, f"{split}_features.shape", tuple(features.shape), "[rows >= 1, D >= 1]"
+        )
+        require(
+            features.shape[1:] == width, f"{split}_features.shape", tuple(features.shape), f"[rows, *{tuple(width)}]"
+        )
+        require(features.dtype is torch.float32, f"{split}_features.dtype", features.dtype, "torch.float32")
+        require(labels.shape == (rows,), f"{split}_labels.shape", tuple(labels.shape), f"({rows},), one per record")
+        require(labels.dtype is kind, f"{split}_labels.dtype", labels.dtype, f"{kind} for {table.task}")
+        check_finite(features.flatten(1), table.feature_names or None)
+        if regression:
+            check_finite(labels[:, None], ("the label",))
+        else:
+            bad = (labels < 0) | (labels >= table.num_classes)
+            if bool(bad.any()):
+                row = int(bad.int().argmax())
+                raise CellError("the label", row, labels[row].item(), f"a class in [0, {table.num_classes})")
+
+
+def check_same(comm: Communicator, table: Table) -> None:
+    """Refuse ranks that hold different tables: they would train on a mixture that no sampling rate describes.
+
+    The digests travel between ranks like the gradients do, and are neither shown nor kept.
+
+    Raises:
+        ArgumentError: on all ranks, naming those that differ from rank 0.
+    """
+    if comm.size == 1:
+        return
+    digest = hashlib.blake2b(repr((table.feature_names, table.class_names, table.target)).encode())
+    for tensor in (table.train_features, table.train_labels, table.test_features, table.test_labels):
+        digest.update(repr((tensor.shape, tensor.dtype)).encode())
+        digest.update(tensor.detach().contiguous().numpy().data)
+    first, *others = comm.allgather_object((digest.digest(), len(table.train_labels), len(table.test_labels)))
+    different = [(rank, n, m) for rank, (other, n, m) in enumerate(others, 1) if other != first[0]]
+    if different:
+        what = "; ".join(f"rank {rank} has {n} training and {m} evaluation rows" for rank, n, m in different)
+        bound = f"the same on all ranks, value by value: rank 0 has {first[1]} training and {first[2]} evaluation rows"
+        raise ArgumentError("data", what, bound)
+
+
+def check_finite(features: torch.Tensor, feature_names: Sequence[str] | None = None) -> None:
+    """Refuse NaN and Inf before training.
+
+    Args:
+        features: floating-point [n, D].
+        feature_names: D names for the message; numbers otherwise.
+
+    Raises:
+        ArgumentError: naming the column, the row (from 0) and the value of the first such cell.
+    """
+    if bool(torch.isfinite(features).all()):
+        return
+    row, column = (int(i) for i in (~torch.isfinite(features)).nonzero()[0])
+    name = feature_names[column] if feature_names is not None else column
+    raise CellError(name, row, features[row, column].item(), "finite")
