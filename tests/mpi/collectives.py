@@ -66,7 +66,7 @@ def tree_sum(size: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def check_order(c: comm.Communicator) -> None:
-    for count in (1, 10, 1000, 4095, 4096, 10007):
+    for count in (1, 10, 1000, 4095, 4096, 4097, 10007):
         for dtype in (torch.float32, torch.float64):
             sums = {"ring": ring_sum(c.size, count, dtype), "tree": tree_sum(c.size, count, dtype)}
             for algorithm, want in sums.items():
