@@ -53,7 +53,8 @@ def measure(thread_level: str) -> dict[str, dict[str, float]]:
         # The first round warms up; about a tenth of a second per size and algorithm.
         for round_ in range(1 + max(7, min(300, (64 << 20) // nbytes))):
             names = list(calls)
-            for name in names[round_ % len(names) :] + names[: round_ % len(names)]:  # nobody always follows the same one
+            first = round_ % len(names)  # nobody always follows the same one
+            for name in names[first:] + names[:first]:
                 x.copy_(fresh)
                 world.Barrier()
                 begin = time.perf_counter()
