@@ -19,14 +19,18 @@ namespace fastdp::comm {
 // sends and receives about twice the data, as in the ring, with 2 ceil(log2 P) messages in a row instead of 2(P-1).
 // The order of summation is fixed by count and P: node + left subtree + right subtree.
 //
-// Why this one: a binomial tree has as few steps, but its root takes log2 P times the data; recursive doubling has half
-// of the steps, but everybody moves log2 P times the data and P must be padded to a power of two.
-// Median microseconds of 2 ranks on 2 cores that other jobs used too, MPICH 5.0.2 (mpi: MPI_Iallreduce):
-//              64 B   4 KiB   16 KiB   64 KiB   256 KiB   1 MiB   4 MiB
-//     ring      6.8     6.6     15.1     25.5      85.3     247    5521
-//     tree      5.2     6.3     14.6     24.7      96.1     290    5631
-//     mpi       8.6     9.0     17.3     30.2      95.5     296   12542
-// With more ranks than cores (4 and 8 on 2) every call cost 1 to 6 timeslices of 4 ms and no algorithm stood out.
+// Why this one, by counting, the others were not measured: a binomial tree has as few steps, but its root moves log2 P
+// times the data; recursive doubling has half of the steps, but everybody moves log2 P times the data, and ranks beyond
+// a power of two cost steps of their own.
+// Median microseconds of 2 ranks on 2 cores, one run, MPICH 5.0.2 (mpi: MPI_Iallreduce). Provisional: other jobs kept
+// the load at 5 to 10.
+//            64 B   4 KiB   16 KiB   64 KiB   256 KiB   1 MiB   4 MiB   64 MiB (5 rounds)
+//     ring   13.0    16.4     35.4     38.4      88.7     395    5521   131046
+//     tree   11.2    14.4     41.7     38.4      89.9     468    5631    80114
+//     mpi    14.1    20.3     42.1     48.9     118.8     532   12542   111360
+// In all three runs the tree was ahead at 64 B and 4 KiB (by 5 to 17 % at 4 KiB) and behind at 1 MiB (by 17 to 18 %);
+// from 16 to 256 KiB the order changed from run to run. With 4 and 8 ranks, waits for a core (4 ms each) hid all
+// differences between algorithms.
 
 // Neighbours of a rank in a tree; at most two children, added in this order.
 struct TreeNode {
