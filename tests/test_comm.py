@@ -23,7 +23,7 @@ def test_collectives_on_1_to_8_ranks() -> None:
         assert f"done: {size} ranks" in output
 
 
-def test_ring_gives_the_same_bits_in_every_launch() -> None:
+def test_sums_have_the_same_bits_in_every_launch() -> None:
     first, second = (launch.run("digest.py", ranks=3) for _ in range(2))
     assert "digest" in first and first == second
 
@@ -55,7 +55,10 @@ def test_a_late_rank_and_an_interrupted_one(tmp_path: Path) -> None:
     assert time.perf_counter() - begin < 40
 
 
-@pytest.mark.parametrize(("signal", "algorithm"), [("SIGKILL", "ring"), ("SIGSTOP", "ring"), ("SIGSTOP", "mpi")])
+@pytest.mark.parametrize(
+    ("signal", "algorithm"),
+    [("SIGKILL", "ring"), ("SIGSTOP", "ring"), ("SIGKILL", "tree"), ("SIGSTOP", "tree"), ("SIGSTOP", "mpi")],
+)
 def test_a_rank_that_dies_or_stops_in_the_middle(signal: str, algorithm: str, tmp_path: Path) -> None:
     if signal == "SIGKILL" and launch.find_mpirun() and launch.is_open_mpi():
         pytest.skip("Open MPI's launcher ends the survivors before they can report")

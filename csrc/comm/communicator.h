@@ -2,16 +2,20 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <new>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "broadcast.h"
 #include "header.h"
 #include "ring.h"
 #include "transport.h"
+#include "tree.h"
 #include "wait.h"
 
 namespace fastdp::comm {
@@ -36,12 +40,38 @@ class Communicator {
     header.algorithm = algorithm;
     collective(header, [&](Wait& wait) {
       if (algorithm == Algorithm::mpi) return library_all_reduce(wait, data, count, dtype);
-      switch (dtype) {
-        case DType::float32: return ring(wait, static_cast<float*>(data), count);
-        case DType::float64: return ring(wait, static_cast<double*>(data), count);
-        case DType::int64: return ring(wait, static_cast<std::int64_t*>(data), count);
-        default: throw Failure("this dtype cannot be summed");
-      }
+      as_numbers(data, dtype, [&](auto* numbers) {
+        if (algorithm == Algorithm::tree) {
+          tree_all_reduce(*transport_, wait, numbers, count, scratch(numbers), segment_bytes_ / sizeof *numbers);
+        } else {
+          ring_steps(wait, Operation::all_reduce, numbers, even_chunks(count, size()));
+        }
+      });
+    });
+  }
+
+  // data [count], in place: afterwards this rank's chunk (even_chunks) is the sum, the others are partial sums.
+  void reduce_scatter(void* data, std::size_t count, DType dtype) {
+    collective(header_of(Operation::reduce_scatter, count, dtype), [&](Wait& wait) {
+      as_numbers(data, dtype, [&](auto* numbers) {
+        ring_steps(wait, Operation::reduce_scatter, numbers, even_chunks(count, size()));
+      });
+    });
+  }
+
+  // part [count], which may lie in the result. `result` maps the elements of all parts to where they go, [elements],
+  // which outlives the transport's requests if this throws. out: how many it has room for, -1 for as many as needed.
+  void all_gather(const void* part, std::size_t count, DType dtype, std::int64_t out,
+                  const std::function<void*(std::size_t)>& result) {
+    Header header = header_of(Operation::all_gather, count, dtype);
+    header.out = out;
+    collective(header, [&](Wait& wait) {
+      std::vector<std::size_t> begins{0};  // bytes
+      for (const Header& each : buffers_->headers.headers)
+        begins.push_back(begins.back() + static_cast<std::size_t>(each.count) * item_bytes(dtype));
+      auto* bytes = static_cast<std::uint8_t*>(result(begins.back() / item_bytes(dtype)));
+      if (count > 0) std::memmove(bytes + begins[rank()], part, count * item_bytes(dtype));
+      ring_steps(wait, Operation::all_gather, bytes, begins);
     });
   }
 
@@ -72,18 +102,19 @@ class Communicator {
   struct Buffers {
     Buffers(int size, std::size_t segment_bytes)
         : headers(size),
-          scratch(
-              static_cast<std::byte*>(::operator new(kReceiveBuffers * segment_bytes, std::align_val_t{kCacheLine}))) {}
+          scratch(static_cast<std::byte*>(
+              ::operator new(kTrees * kReceiveBuffers * segment_bytes, std::align_val_t{kCacheLine}))) {}
     ~Buffers() { ::operator delete(scratch, std::align_val_t{kCacheLine}); }
     Buffers(const Buffers&) = delete;
     Buffers& operator=(const Buffers&) = delete;
     static constexpr std::size_t kCacheLine = 64;
     HeaderBuffers headers;
-    std::byte* scratch;  // [kReceiveBuffers * segment_bytes]
+    std::byte* scratch;  // [kTrees * kReceiveBuffers * segment_bytes]; the ring leaves half of it untouched
   };
 
   // MPI has no safe way to take back a send, so after a failure the memory of requests in flight is leaked on purpose,
-  // about kReceiveBuffers segments per failed communicator. The caller's tensor is kept alive by fastdp/comm.py.
+  // at most kTrees * kReceiveBuffers segments per failed communicator. The caller's tensor is kept alive by
+  // fastdp/comm.py.
   void abandon() { static_cast<void>(buffers_.release()); }
 
   Header header_of(Operation operation, std::size_t count, DType dtype) {
@@ -119,10 +150,24 @@ class Communicator {
     }
   }
 
+  template <class Body>
+  static void as_numbers(void* data, DType dtype, Body body) {
+    switch (dtype) {
+      case DType::float32: return body(static_cast<float*>(data));
+      case DType::float64: return body(static_cast<double*>(data));
+      case DType::int64: return body(static_cast<std::int64_t*>(data));
+      default: throw Failure("this dtype cannot be summed");
+    }
+  }
+
   template <class T>
-  void ring(Wait& wait, T* data, std::size_t count) {
-    ring_all_reduce(*transport_, wait, data, count, reinterpret_cast<T*>(buffers_->scratch),
-                    segment_bytes_ / sizeof(T));
+  T* scratch(T*) {
+    return reinterpret_cast<T*>(buffers_->scratch);
+  }
+
+  template <class T>
+  void ring_steps(Wait& wait, Operation operation, T* data, const std::vector<std::size_t>& chunks) {
+    ring(*transport_, wait, operation, data, chunks, scratch(data), segment_bytes_ / sizeof(T));
   }
 
   void library_all_reduce(Wait& wait, void* data, std::size_t count, DType dtype) {

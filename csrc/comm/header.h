@@ -17,7 +17,8 @@ struct Header {
   Operation operation{};
   Algorithm algorithm{};
   DType dtype{};
-  std::int64_t count = 0;  // elements
+  std::int64_t count = 0;  // elements; of all_gather, in this rank's part
+  std::int64_t out = -1;   // elements of all_gather's result where the caller brought memory for it
   std::int64_t root = 0;
   std::int64_t segment_bytes = 0;
 
@@ -34,6 +35,7 @@ inline std::string describe(const Header& header) {
     text += "count=" + std::to_string(header.count) + ", dtype=" + name(header.dtype, kDTypeNames) + ", ";
     if (header.operation == Operation::all_reduce)
       text += "algorithm=" + name(header.algorithm, kAlgorithmNames) + ", ";
+    if (header.out >= 0) text += "out=" + std::to_string(header.out) + ", ";
     if (header.operation == Operation::broadcast) text += "root=" + std::to_string(header.root) + ", ";
   }
   return text + "segment_bytes=" + std::to_string(header.segment_bytes) + ") as collective " +
@@ -59,7 +61,7 @@ struct HeaderBuffers {
   std::vector<char> arrived, sent;
 };
 
-// An all-gather of 56 bytes by direct messages: P-1 eager sends cost less than MPI_Iallgather's schedule on one host,
+// An all-gather of 64 bytes by direct messages: P-1 eager sends cost less than MPI_Iallgather's schedule on one host,
 // and a timeout can name the ranks that are missing. Nobody leaves before everybody has entered: also a barrier.
 inline void exchange_headers(Transport& transport, Wait& wait, const Header& mine, HeaderBuffers& buffers) {
   const int size = transport.size(), rank = transport.rank();
@@ -95,8 +97,20 @@ inline void exchange_headers(Transport& transport, Wait& wait, const Header& min
 
 // Throws the same text on every rank, since every rank compares the same list.
 inline void require_same(std::span<const Header> headers) {
-  if (std::ranges::all_of(headers, [&](const Header& header) { return header == headers[0]; })) return;
-  std::string text;
+  // The parts of an all_gather may differ in size: everybody learns the sizes here, and whether each result fits.
+  const auto shared = [](Header header) {
+    if (header.operation == Operation::all_gather) header.count = 0, header.out = -1;
+    return header;
+  };
+  const auto alike = [&](const Header& header) { return shared(header) == shared(headers[0]); };
+  std::string text = "ranks disagree: ";
+  if (std::ranges::all_of(headers, alike)) {
+    std::int64_t total = 0;
+    for (const Header& header : headers) total += header.count;
+    const auto fits = [&](const Header& header) { return header.out < 0 || header.out == total; };
+    if (std::ranges::all_of(headers, fits)) return;
+    text = "the parts have " + std::to_string(total) + " elements, and not all of out: ";
+  }
   std::vector<char> told(headers.size());
   for (std::size_t i = 0; i < headers.size(); ++i) {
     if (told[i]) continue;
@@ -106,7 +120,7 @@ inline void require_same(std::span<const Header> headers) {
     if (i) text += "; ";
     text += list_ranks(same) + " called " + describe(headers[i]);
   }
-  throw Failure("ranks disagree: " + text);
+  throw Failure(text);
 }
 
 }  // namespace fastdp::comm

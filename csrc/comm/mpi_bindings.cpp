@@ -29,6 +29,17 @@ std::unique_ptr<Communicator> make_communicator(MPI_Fint comm, double timeout_se
                                         segment_bytes);
 }
 
+// Called in the middle of a collective, without the GIL.
+void* memory_from(const py::function& allocate, std::size_t elements) {
+  py::gil_scoped_acquire gil;
+  try {
+    return reinterpret_cast<void*>(allocate(elements).cast<std::uintptr_t>());
+  } catch (const py::error_already_set& error) {
+    const std::string text = error.what();
+    throw Failure("no memory for " + std::to_string(elements) + " elements: " + text.substr(0, text.find('\n')));
+  }
+}
+
 std::string loaded_library() {
   // 8192 is MPICH's MPI_MAX_LIBRARY_VERSION_STRING, Open MPI's is 256: when the library that is loaded is not the
   // one compiled for, and that is what this call finds out, the larger one is needed.
@@ -85,6 +96,20 @@ PYBIND11_MODULE(_mpi, m) {
                             static_cast<Algorithm>(algorithm));
           },
           py::arg("data"), py::arg("count"), py::arg("dtype"), py::arg("algorithm"), release_gil())
+      .def(
+          "reduce_scatter",
+          [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype) {
+            self.reduce_scatter(reinterpret_cast<void*>(data), count, static_cast<DType>(dtype));
+          },
+          py::arg("data"), py::arg("count"), py::arg("dtype"), release_gil())
+      .def(
+          "all_gather",
+          [](Communicator& self, std::uintptr_t part, std::size_t count, int dtype, std::int64_t out,
+             const py::function& result) {
+            self.all_gather(reinterpret_cast<const void*>(part), count, static_cast<DType>(dtype), out,
+                            [&](std::size_t elements) { return memory_from(result, elements); });
+          },
+          py::arg("part"), py::arg("count"), py::arg("dtype"), py::arg("out"), py::arg("result"), release_gil())
       .def(
           "broadcast",
           [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int root) {

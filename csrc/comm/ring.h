@@ -3,19 +3,31 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <span>
+#include <string>
 #include <type_traits>
+#include <vector>
 
 #include "transport.h"
 #include "wait.h"
 
 namespace fastdp::comm {
 
-// Ring all-reduce (Patarasuk & Yuan 2009): reduce-scatter, then all-gather.
-//   chunk    one of the P parts of the data, as even as possible; the unit of a step
+// Ring all-reduce (Patarasuk & Yuan 2009): reduce-scatter, then all-gather, each of which is also a collective.
+//   chunk    one of the P parts of the data; the unit of a step
 //   segment  at most `segment` elements of a chunk; the unit of a message
-// In step s of 2(P-1), rank r sends chunk r-s to r+1 and receives chunk r-s-1 from r-1. In the first P-1 steps what
-// arrives is added, afterwards it is the sum. So chunk c is summed in the order c, c+1, ..., c-1 (mod P), by one rank:
-// bitwise the same everywhere and every time. Each rank sends and receives 2(P-1)/P of the data, the least possible.
+// In step s of 2(P-1), rank r sends chunk r-1-s to r+1 and receives chunk r-2-s from r-1. In the first P-1 steps what
+// arrives is added, and ends with chunk r complete on rank r; afterwards it is the sum. So chunk c is summed in the
+// order c+1, c+2, ..., c (mod P), by one rank: bitwise the same everywhere and every time, and for both ways of asking.
+// Each rank sends and receives 2(P-1)/P of the data, the least possible.
+
+// Where chunks begin, and the last one ends: [ranks + 1]. As even as possible, the first ones longer by one.
+inline std::vector<std::size_t> even_chunks(std::size_t count, int ranks) {
+  std::vector<std::size_t> begins;
+  for (std::size_t c = 0; c <= static_cast<std::size_t>(ranks); ++c)
+    begins.push_back(c * (count / ranks) + std::min(c, count % ranks));
+  return begins;
+}
 
 // The segments that cross one edge of the ring, in order: those of chunk `first`, first-1, ... (mod P).
 class SegmentStream {
@@ -25,16 +37,13 @@ class SegmentStream {
     bool reducing;
   };
 
-  SegmentStream(std::size_t count, int ranks, int first, std::size_t segment)
-      : count_(count), ranks_(ranks), first_(first), segment_(segment) {}
+  SegmentStream(std::span<const std::size_t> chunks, int first, int reducing_steps, std::size_t segment)
+      : chunks_(chunks),
+        ranks_(static_cast<int>(chunks.size()) - 1),
+        first_(first),
+        reducing_steps_(reducing_steps),
+        segment_(segment) {}
 
-  std::size_t chunk_begin(int chunk) const {
-    const std::size_t part = count_ / ranks_, rest = count_ % ranks_, c = chunk;
-    return c * part + std::min(c, rest);
-  }
-  std::size_t segments_of(int chunk) const {
-    return (chunk_begin(chunk + 1) - chunk_begin(chunk) + segment_ - 1) / segment_;
-  }
   std::size_t segments_in(int steps) const {
     std::size_t total = 0;
     for (int step = 0; step < steps; ++step) total += segments_of(chunk_in(step));
@@ -42,17 +51,18 @@ class SegmentStream {
   }
 
   Segment next() {
-    while (index_ == segments_of(chunk_in(step_))) ++step_, index_ = 0;  // chunks are empty when P > count
+    while (index_ == segments_of(chunk_in(step_))) ++step_, index_ = 0;  // chunks may be empty
     const int chunk = chunk_in(step_);
-    const std::size_t begin = chunk_begin(chunk) + index_++ * segment_;
-    return {begin, std::min(segment_, chunk_begin(chunk + 1) - begin), step_ < ranks_ - 1};
+    const std::size_t begin = chunks_[chunk] + index_++ * segment_;
+    return {begin, std::min(segment_, chunks_[chunk + 1] - begin), step_ < reducing_steps_};
   }
 
  private:
+  std::size_t segments_of(int chunk) const { return (chunks_[chunk + 1] - chunks_[chunk] + segment_ - 1) / segment_; }
   int chunk_in(int step) const { return (first_ - step + 2 * ranks_) % ranks_; }
 
-  std::size_t count_;
-  int ranks_, first_;
+  std::span<const std::size_t> chunks_;
+  int ranks_, first_, reducing_steps_;
   std::size_t segment_;
   int step_ = 0;
   std::size_t index_ = 0;  // of the next segment within the chunk of step_
@@ -70,21 +80,25 @@ inline constexpr std::size_t kReceiveBuffers = 2;
 // Enough that a neighbour which was descheduled finds work when it returns; more only hold more requests.
 inline constexpr std::size_t kSendsInFlight = 4;
 
-// data [count] in place; scratch [kReceiveBuffers * segment]. Both must outlive the transport's requests if this
-// throws.
+// The steps that make up `operation`: all_reduce, reduce_scatter or all_gather. data [chunks.back()] in place; scratch
+// [kReceiveBuffers * segment], unused by all_gather. Both must outlive the transport's requests if this throws.
 template <class T>
-void ring_all_reduce(Transport& transport, Wait& wait, T* data, std::size_t count, T* scratch, std::size_t segment) {
+void ring(Transport& transport, Wait& wait, Operation operation, T* data, std::span<const std::size_t> chunks,
+          T* scratch, std::size_t segment) {
   const int ranks = transport.size(), rank = transport.rank();
   const int next = (rank + 1) % ranks, previous = (rank + ranks - 1) % ranks;
   constexpr auto channel = Transport::Channel::data;
+  const int reducing_steps = operation == Operation::all_gather ? 0 : ranks - 1;
+  const int steps = reducing_steps + (operation == Operation::reduce_scatter ? 0 : ranks - 1);
+  const int first = reducing_steps ? previous : rank;
 
-  SegmentStream to_send(count, ranks, rank, segment);
-  SegmentStream to_post(count, ranks, previous, segment);
+  SegmentStream to_send(chunks, first, reducing_steps, segment);
+  SegmentStream to_post(chunks, (first + ranks - 1) % ranks, reducing_steps, segment);
   SegmentStream to_use = to_post;
-  const std::size_t total_sends = to_send.segments_in(2 * (ranks - 1));
-  const std::size_t total_receives = to_post.segments_in(2 * (ranks - 1));
-  const std::size_t reducing = to_post.segments_in(ranks - 1);
-  const std::size_t own = to_send.segments_of(rank);
+  const std::size_t total_sends = to_send.segments_in(steps);
+  const std::size_t total_receives = to_post.segments_in(steps);
+  const std::size_t reducing = to_post.segments_in(reducing_steps);
+  const std::size_t own = to_send.segments_in(1);
 
   std::array<Transport::Request, kReceiveBuffers> receives{};
   std::array<Transport::Request, kSendsInFlight> sends{};
@@ -92,13 +106,13 @@ void ring_all_reduce(Transport& transport, Wait& wait, T* data, std::size_t coun
 
   while (received < total_receives || sent < total_sends) {
     while (posted < total_receives && posted - received < kReceiveBuffers) {
-      // The all-gather's n-th segment overwrites what the n-th send reads: chunks r, r-1, ... in both.
-      if (posted >= reducing && sent <= posted - reducing) break;
+      // After a reduce-scatter, the all-gather's n-th segment overwrites what the n-th send reads: chunks r-1, r-2, ...
+      if (reducing_steps && posted >= reducing && sent <= posted - reducing) break;
       const auto [begin, length, reduce] = to_post.next();
       T* into = reduce ? scratch + posted % kReceiveBuffers * segment : data + begin;
       receives[posted++ % kReceiveBuffers] = transport.receive(into, length * sizeof(T), previous, channel);
     }
-    // After the own chunk, what is sent is what has been received, in the same order.
+    // After the first chunk, what is sent is what has been received, in the same order.
     while (started < total_sends && started - sent < kSendsInFlight && started < own + received) {
       const auto [begin, length, reduce] = to_send.next();
       sends[started++ % kSendsInFlight] = transport.send(data + begin, length * sizeof(T), next, channel);

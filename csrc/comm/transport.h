@@ -21,7 +21,7 @@ class Transport {
   // Wide enough for MPICH's int and Open MPI's pointer, so that requests need no table.
   using Request = std::uint64_t;
   // Headers have a channel of their own: a rank that is ahead can never have one taken for data.
-  enum class Channel { header, data };
+  enum class Channel { header, data, second_tree };
 
   virtual ~Transport() = default;
   virtual int rank() const = 0;

@@ -15,11 +15,12 @@ inline constexpr std::array<std::size_t, 10> kDTypeBytes = {4, 8, 8, 2, 2, 4, 2,
 // The first three can be summed; the others only moved.
 inline constexpr std::size_t kSummableDTypes = 3;
 
-enum class Algorithm : std::int64_t { ring, mpi };
-inline constexpr std::array<std::string_view, 2> kAlgorithmNames = {"ring", "mpi"};
+enum class Algorithm : std::int64_t { ring, tree, mpi };
+inline constexpr std::array<std::string_view, 3> kAlgorithmNames = {"ring", "tree", "mpi"};
 
-enum class Operation : std::int64_t { all_reduce, broadcast, barrier };
-inline constexpr std::array<std::string_view, 3> kOperationNames = {"all_reduce", "broadcast", "barrier"};
+enum class Operation : std::int64_t { all_reduce, reduce_scatter, all_gather, broadcast, barrier };
+inline constexpr std::array<std::string_view, 5> kOperationNames = {"all_reduce", "reduce_scatter", "all_gather",
+                                                                    "broadcast", "barrier"};
 
 inline std::size_t item_bytes(DType dtype) { return kDTypeBytes[static_cast<std::size_t>(dtype)]; }
 

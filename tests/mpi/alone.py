@@ -30,10 +30,12 @@ x = torch.arange(12, dtype=torch.float32)
 assert c.all_reduce(x) is x and c.broadcast(x) is x
 assert torch.equal(x, torch.arange(12, dtype=torch.float32))
 assert c.bcast_object({"a": 1}) == {"a": 1} and c.allgather_object(7) == [7]
+assert torch.equal(c.reduce_scatter(x.reshape(3, 4)), x) and torch.equal(c.all_gather(x.reshape(3, 4)), x)
+assert torch.equal(c.all_gather(x, out=torch.empty(3, 4)), x.reshape(3, 4))
 c.barrier()
 
 for call, text in (
-    (lambda: c.all_reduce(x, algorithm="tree"), "algorithm='tree': must be one of auto, ring, mpi"),
+    (lambda: c.all_reduce(x, algorithm="star"), "algorithm='star': must be one of auto, ring, tree, mpi"),
     (
         lambda: c.all_reduce(x.half()),
         "x.dtype=torch.float16: must be one of torch.float32, torch.float64, torch.int64",
@@ -45,6 +47,16 @@ for call, text in (
     (lambda: c.all_reduce(x.to("meta")), "x.device='meta': must be cpu"),
     (lambda: c.all_reduce(x.to_sparse()), "x.layout=torch.sparse_coo: must be torch.strided"),
     (lambda: c.all_reduce([1.0]), "x='list': must be a torch.Tensor"),
+    (
+        lambda: c.reduce_scatter(x.half()),
+        "x.dtype=torch.float16: must be one of torch.float32, torch.float64, torch.int64",
+    ),
+    (lambda: c.reduce_scatter(x[::2]), "x.stride()=(2,): must be that of a contiguous tensor of shape (6,)"),
+    (lambda: c.all_gather(x.to(torch.complex64)), "part.dtype=torch.complex64: must be one of"),
+    (lambda: c.all_gather(x[::2]), "part.stride()=(2,): must be that of a contiguous tensor"),
+    (lambda: c.all_gather(x, out=x.double()), "out.dtype=torch.float64: must be that of part, torch.float32"),
+    (lambda: c.all_gather(x, out=torch.zeros(24)[::2]), "out.stride()=(2,): must be that of a contiguous tensor"),
+    (lambda: c.all_gather(x, out=torch.zeros(11)), "out.numel()=11: must be 12"),
     (lambda: c.broadcast(x, root=1), "root=1: must be a rank in [0, 0]"),
     (lambda: c.bcast_object(x, root=-1), "root=-1: must be a rank in [0, 0]"),
 ):

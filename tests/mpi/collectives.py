@@ -20,7 +20,7 @@ def check_all_reduce(c: comm.Communicator, segment_bytes: int) -> None:
             continue  # 8-byte segments of the longest tensor would only take long
         for dtype in (torch.float32, torch.float64, torch.int64):
             want = expected(c.size, count, dtype)
-            for algorithm in ("ring", "mpi", "auto"):
+            for algorithm in ("ring", "tree", "mpi", "auto"):
                 x = data(c.rank, count, dtype)
                 assert c.all_reduce(x, algorithm=algorithm) is x
                 assert torch.equal(x, want), (c, segment_bytes, count, dtype, algorithm)
@@ -33,24 +33,96 @@ def check_all_reduce(c: comm.Communicator, segment_bytes: int) -> None:
 
 
 def ring_sum(size: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """The order of csrc/comm/ring.h: chunk k in the order k, k+1, ..., k-1 (mod size)."""
+    """The order of csrc/comm/ring.h: chunk k in the order k+1, k+2, ..., k (mod size)."""
     parts = [rough(rank, count, dtype) for rank in range(size)]
-    total = torch.empty(count, dtype=dtype)
+    total = torch.zeros(count, dtype=dtype)
     for chunk, index in enumerate(torch.arange(count).tensor_split(size)):
-        total[index] = parts[chunk][index]
-        for step in range(1, size):
+        total[index] = parts[(chunk + 1) % size][index]
+        for step in range(2, size + 1):
             total[index] += parts[(chunk + step) % size][index]
     return total
 
 
+def tree_sum(size: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """The order of csrc/comm/tree.h: node + left subtree + right subtree; in the second tree, for the second half of
+    4096 elements and more, every rank has the place of the next one in the first."""
+    parts = [rough(rank, count, dtype) for rank in range(size)]
+    half = (count + 1) // 2 if count >= 4096 else count
+
+    def subtree(places: list[torch.Tensor]) -> torch.Tensor:
+        top = 1
+        while 2 * top <= len(places):
+            top *= 2
+        total = places[top - 1].clone()
+        for below in (places[: top - 1], places[top:]):
+            if below:
+                total += subtree(below)
+        return total
+
+    def tree(places: list[torch.Tensor]) -> torch.Tensor:
+        return places[0] + subtree(places[1:]) if size > 1 else places[0]
+
+    return torch.cat([tree([p[:half] for p in parts]), tree([p[half:] for p in parts[-1:] + parts[:-1]])])
+
+
 def check_order(c: comm.Communicator) -> None:
-    for count in (1, 10, 1000, 10007):
+    for count in (1, 10, 1000, 4095, 4096, 4097, 10007):
         for dtype in (torch.float32, torch.float64):
-            results = [c.all_reduce(rough(c.rank, count, dtype), algorithm="ring") for _ in range(3)]
-            digests = {hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in results}
-            everywhere = set().union(*c.allgather_object(digests))
-            assert len(everywhere) == 1, (c, count, dtype)
-            assert torch.equal(results[0], ring_sum(c.size, count, dtype)), (c, count, dtype)
+            sums = {"ring": ring_sum(c.size, count, dtype), "tree": tree_sum(c.size, count, dtype)}
+            for algorithm, want in sums.items():
+                results = [c.all_reduce(rough(c.rank, count, dtype), algorithm=algorithm) for _ in range(3)]
+                digests = {hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in results}
+                everywhere = set().union(*c.allgather_object(digests))
+                assert len(everywhere) == 1, (c, count, dtype, algorithm)
+                assert torch.equal(results[0], want), (c, count, dtype, algorithm)
+            x = rough(c.rank, count, dtype)
+            mine = c.reduce_scatter(x)
+            assert torch.equal(mine, sums["ring"].tensor_split(c.size)[c.rank]), (c, count, dtype)
+            assert torch.equal(c.all_gather(mine, out=x), sums["ring"]), (c, count, dtype)
+
+
+def check_reduce_scatter(c: comm.Communicator, segment_bytes: int) -> None:
+    for count in COUNTS:
+        if count * 8 > 128 * segment_bytes:
+            continue
+        for dtype in (torch.float32, torch.float64, torch.int64):
+            x = data(c.rank, count, dtype)
+            mine = c.reduce_scatter(x)
+            assert torch.equal(mine, expected(c.size, count, dtype).tensor_split(c.size)[c.rank]), (c, count, dtype)
+            assert mine.data_ptr() == x.tensor_split(c.size)[c.rank].data_ptr()  # in place
+    x = data(c.rank, 60, torch.float32).reshape(3, 4, 5)
+    assert torch.equal(c.reduce_scatter(x), expected(c.size, 60, torch.float32).tensor_split(c.size)[c.rank])
+
+
+def check_all_gather(c: comm.Communicator, segment_bytes: int) -> None:
+    # All alike; all different; one rank has nothing; one rank has everything; nothing at all.
+    last = c.size - 1
+    for numel in (
+        lambda rank: 10,
+        lambda rank: 1000 + 3 * rank,
+        lambda rank: 0 if rank == 0 else 7,
+        lambda rank: 501 if rank == last else 0,
+        lambda rank: 0,
+    ):
+        counts = [numel(rank) for rank in range(c.size)]
+        if sum(counts) * 8 > 128 * segment_bytes:
+            continue
+        for dtype in (torch.float32, torch.int64, torch.bfloat16, torch.uint8, torch.bool):
+            parts = [data(rank, counts[rank], torch.float32).to(dtype) for rank in range(c.size)]
+            mine, want = parts[c.rank].clone(), torch.cat(parts)
+            result = c.all_gather(mine)
+            assert result.dtype == dtype and torch.equal(result, want), (c, counts, dtype)
+            assert torch.equal(mine, parts[c.rank])
+            out = torch.zeros(sum(counts), dtype=dtype)
+            # Some ranks bring their own memory, some do not; in one the part lies in it, at the wrong place.
+            if c.rank == last:
+                out[: counts[c.rank]] = mine
+                mine = out[: counts[c.rank]]
+            given = c.all_gather(mine, out=out if c.rank != 0 else None)
+            assert torch.equal(given, want), (c, counts, dtype)
+            assert c.rank == 0 or given is out
+    part = torch.full((2, 3), c.rank)
+    assert c.all_gather(part, out=torch.empty(c.size, 2, 3, dtype=torch.int64))[:, 1, 2].tolist() == list(range(c.size))
 
 
 def check_library(c: comm.Communicator, mpi_comm: MPI.Intracomm) -> None:
@@ -102,8 +174,11 @@ def main() -> None:
             c = comm.init(mpi_comm, timeout=60, segment_bytes=segment_bytes)
             assert (c.rank, c.size) == (mpi_comm.rank, mpi_comm.size)
             check_all_reduce(c, segment_bytes)
+            check_reduce_scatter(c, segment_bytes)
+            check_all_gather(c, segment_bytes)
             check_broadcast(c, segment_bytes)
-        check_order(c)
+            if segment_bytes > 8:  # the order does not depend on it
+                check_order(c)
         check_library(c, mpi_comm)
         check_rest(c)
         if c.rank == 0:

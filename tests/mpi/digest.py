@@ -12,7 +12,8 @@ from fastdp import comm
 c = comm.init(timeout=60, segment_bytes=1024)
 digest = hashlib.sha256()
 for count in (10, 1000, 10007):
-    digest.update(c.all_reduce(rough(c.rank, count, torch.float32), algorithm="ring").numpy().tobytes())
+    for algorithm in ("ring", "tree", "auto"):
+        digest.update(c.all_reduce(rough(c.rank, count, torch.float32), algorithm=algorithm).numpy().tobytes())
 digests = c.allgather_object(digest.hexdigest())
 assert len(set(digests)) == 1, digests
 if c.rank == 0:

@@ -14,7 +14,7 @@ c = comm.init(timeout=60)
 x = torch.empty(COUNT, dtype=torch.float32)
 blocks = [(begin, min(BLOCK, COUNT - begin)) for begin in range(0, COUNT, BLOCK)]
 mine, want = data(c.rank, BLOCK, torch.float32), expected(c.size, BLOCK, torch.float32)
-for algorithm in ("ring", "mpi"):
+for algorithm in ("ring", "tree", "mpi"):
     for number, (begin, count) in enumerate(blocks):
         torch.add(mine[:count], number, out=x[begin : begin + count])
     c.all_reduce(x, algorithm=algorithm)

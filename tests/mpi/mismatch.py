@@ -40,6 +40,54 @@ CASES: list[tuple[str, Call, Call, str]] = [
     ),
     ("root", lambda c: c.broadcast(torch.zeros(9), 0), lambda c: c.broadcast(torch.zeros(9), 1), "root=1"),
     (
+        "tree and ring",
+        lambda c: c.all_reduce(torch.zeros(9), algorithm="ring"),
+        lambda c: c.all_reduce(torch.zeros(9), algorithm="tree"),
+        "algorithm=tree",
+    ),
+    (
+        "half an all_reduce",
+        lambda c: c.all_reduce(torch.zeros(9)),
+        lambda c: c.reduce_scatter(torch.zeros(9)),
+        "reduce_scatter(count=9,",
+    ),
+    (
+        "reduce_scatter's dtype",
+        lambda c: c.reduce_scatter(torch.zeros(10, dtype=torch.int64)),
+        lambda c: c.reduce_scatter(torch.zeros(10, dtype=torch.float64)),
+        "dtype=float64",
+    ),
+    (
+        "reduce_scatter's count",
+        lambda c: c.reduce_scatter(torch.zeros(9)),
+        lambda c: c.reduce_scatter(torch.zeros(10)),
+        "count=10",
+    ),
+    (
+        "all_gather's dtype",
+        lambda c: c.all_gather(torch.zeros(3)),
+        lambda c: c.all_gather(torch.zeros(3, dtype=torch.int32)),
+        "dtype=int32",
+    ),
+    (
+        "all_gather and broadcast",
+        lambda c: c.all_gather(torch.zeros(3)),
+        lambda c: c.broadcast(torch.zeros(3)),
+        "broadcast(count=3",
+    ),
+    (
+        "all_gather's out",
+        lambda c: c.all_gather(torch.zeros(3), out=torch.zeros(9)),
+        lambda c: c.all_gather(torch.zeros(3), out=torch.zeros(10)),
+        "out=10",
+    ),
+    (
+        "all_gather's part",
+        lambda c: c.all_gather(torch.zeros(3), out=torch.zeros(9)),
+        lambda c: c.all_gather(torch.zeros(4)),
+        "count=4",
+    ),
+    (
         "large",
         lambda c: c.all_reduce(torch.zeros(10**6)),
         lambda c: c.all_reduce(torch.zeros(10)),
@@ -65,6 +113,10 @@ def main() -> None:
             with pytest.raises(CommError, match=r"failed before: .*rank 1 called"):
                 again(c)
             assert time.perf_counter() - begin < 0.1, name
+
+    # Different parts are no mismatch, but an out that fits on no rank is: told once for all.
+    with pytest.raises(CommError, match=r"parts have 6 elements.*ranks 0, 1, 2 called all_gather\(count=2, .*out=5"):
+        comm.init(timeout=30).all_gather(torch.zeros(2), out=torch.zeros(5))
 
     with pytest.raises(CommError, match="segment_bytes=16"):
         comm.init(timeout=30, segment_bytes=16 if rank == 1 else 32)
