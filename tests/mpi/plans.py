@@ -27,6 +27,6 @@ def make(noise_multiplier: float = 1.0, max_grad_norm: float = 1.0, records: int
 
 make()
 for changed in ({"noise_multiplier": 1.1}, {"max_grad_norm": 2.0}, {"records": 41}, {"width": 4}):
-    with pytest.raises(fastdp.CommError, match="runs another plan, data size or model"):
+    with pytest.raises(fastdp.CommError, match="runs another plan, data size, model or optimizer"):
         make(**(changed if mine else {}))
 print(f"done: rank {comm.rank}", flush=True)
