@@ -82,9 +82,8 @@ class GradientSum:
         for p, b in lone.items():
             self._scaled(p, b, factors, self.views[p], add)
         for p, g in formed.items():
-            if zeros:
-                g = g.masked_fill_((factors == 0.0)[:, None], 0.0)
-            self.views[p].view(-1).addmv_(g.t(), factors.to(self.dtype))
+            # Not a product with float32 factors: the rounding of a subnormal one would take a record beyond C.
+            self._scaled(p, g, factors, self.views[p].view(-1), add)
         self.whole = True
 
     def _factors(

@@ -390,3 +390,25 @@ def test_a_shared_mask_of_the_batch_size_stays_shared() -> None:
         call = Call("layer", 0, [], unit, ((x, mask), {}), [module(x, mask).detach()], [b])
         want = torch.einsum("bi,bo->bio", x, b) * mask
         assert torch.allclose(unit.gradients(call, rows)[module.weight], want.flatten(1), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e35, 3e38, float("nan")])
+def test_hostile_records_stay_within_the_bound(size: float) -> None:
+    """P6, where a record's factor is no normal float32 number, or its gradient no number at all."""
+    c = 1e-9
+    module = nn.PReLU(WIDTH)  # a negative input is its weight's gradient
+    records = TensorDataset(torch.full((1, WIDTH), -size))
+    module, optimizer, loader = PrivacyEngine(seed=1).make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=1.0),
+        data_loader=DataLoader(records, batch_size=1),
+        noise_multiplier=0.0,
+        max_grad_norm=c,
+        loss_reduction="sum",
+    )
+    module.weight.data.zero_()
+    (x,) = next(iter(loader))
+    module(x).sum().backward()
+    optimizer.step()
+    norm = module.weight.detach().double().norm().item()
+    assert norm <= c and (norm == 0.0 if size != size else norm > 0.99 * c)

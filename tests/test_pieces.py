@@ -130,7 +130,7 @@ def test_a_piece_that_failed_while_it_was_added_cannot_be_added_again(monkeypatc
         F.cross_entropy(module(x), y).backward()
         if fails:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(torch.Tensor, "addmv_", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                patch.setattr(torch.Tensor, "addmm_", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
                 optimizer.step()
             F.cross_entropy(module(x), y).backward()
             with pytest.raises(PrivacyError, match="cannot be continued"):
