@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,11 +105,15 @@ def cut_off(signal_number: int, algorithm: str) -> None:
 
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 _, folder, *case = sys.argv
-if case == ["late"]:
-    late()
-    interrupted()
-    interrupted_while_it_moves()
-else:
-    cut_off(getattr(signal, case[0]), case[1])
+try:
+    if case == ["late"]:
+        late()
+        interrupted()
+        interrupted_while_it_moves()
+    else:
+        cut_off(getattr(signal, case[0]), case[1])
+except BaseException:
+    Path(folder, f"rank {MPI.COMM_WORLD.rank} failed").write_text(traceback.format_exc())
+    raise
 Path(folder, f"rank {MPI.COMM_WORLD.rank}").write_text("\n".join(seen))
 time.sleep(3 * TIMEOUT)  # the end of one rank ends the job
