@@ -1,0 +1,190 @@
+"""P8: what was reserved on disk counts as spent, whatever ended the process; and no run is under-reported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastdp import ArgumentError, PrivacyError, ledger
+from fastdp.ledger import DurableLedger
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "ledger.jsonl"
+
+
+def test_a_run_that_ends_in_good_order_has_spent_its_steps(path: Path) -> None:
+    first = DurableLedger(path)
+    for _ in range(37):
+        first.step(1.1, 0.01)
+    first.step(1.0, 0.5, 3)
+    first.close()
+    assert ledger.read(path) == {(1.1, 0.01): 37, (1.0, 0.5): 3}
+    second = DurableLedger(path)
+    assert second.events == {(1.1, 0.01): 37, (1.0, 0.5): 3}
+    assert second.epsilon(1e-5) == first.epsilon(1e-5) > 0
+    second.step(1.1, 0.01)
+    second.close()
+    assert ledger.read(path)[1.1, 0.01] == 38
+
+
+def test_steps_are_on_disk_before_they_are_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(sum(ledger.read(path).values())))
+    spending = DurableLedger(path)
+    for steps in range(1, 200):
+        spending.step(1.0, 0.1)
+        assert synced[-1] >= steps == spending.steps
+    assert len(synced) < 20  # in blocks that grow: 2, 4, 8 ...
+    spending.close()
+
+
+def test_blocks_shrink_when_steps_are_slow(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    spending = DurableLedger(path)
+    for _ in range(100):
+        spending.step(1.0, 0.1)  # in no time
+    for _ in range(1000):
+        now += 3.0
+        spending.step(1.0, 0.1)
+    ahead = sum(ledger.read(path).values()) - spending.steps
+    spending.close()
+    assert ahead == 0
+
+
+def test_the_limit_is_not_reserved_beyond(path: Path) -> None:
+    spending = DurableLedger(path, limit=100)
+    for steps in range(1, 101):
+        spending.step(1.0, 0.1)
+        assert steps <= sum(ledger.read(path).values()) <= 100
+    spending.step(1.0, 0.1)  # whoever asks for more gets it, and it counts
+    assert sum(ledger.read(path).values()) == 101
+    spending.close()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastdp.ledger import DurableLedger
+spending = DurableLedger(Path(sys.argv[1]))
+for step in range(10**9):
+    spending.step(1.0, 0.1)
+    os.write(1, b".")  # the release
+    if len(sys.argv) > 2 and step == int(sys.argv[2]):
+        sys.exit()
+"""
+
+
+def test_a_killed_process_has_spent_at_least_what_it_released(path: Path) -> None:
+    before = 0
+    for delay in (0.0, 0.01, 0.2):
+        with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE) as run:
+            assert run.stdout is not None
+            released = len(run.stdout.read(1))
+            time.sleep(delay)
+            run.send_signal(signal.SIGKILL)
+            released += len(run.stdout.read())
+        spent = sum(ledger.read(path).values())
+        assert spent >= before + released
+        before = spent
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), "9"], stdout=subprocess.PIPE)
+    assert len(done.stdout) == 10 and sum(ledger.read(path).values()) == before + 10  # closed at exit
+
+
+def test_a_line_that_was_being_written_is_cut_off(path: Path) -> None:
+    spending = DurableLedger(path)
+    spending.step(1.0, 0.1)
+    spending.close()
+    content = path.read_bytes()
+    last = content.splitlines(keepends=True)[-1]
+    for torn in range(1, len(last)):
+        path.write_bytes(content + last[:torn])
+        again = DurableLedger(path)
+        assert again.steps == 1
+        again.step(1.0, 0.1)
+        again.close()
+        assert ledger.read(path) == {(1.0, 0.1): 2}
+
+
+def test_a_damaged_ledger_is_refused(path: Path) -> None:
+    spending = DurableLedger(path)
+    for _ in range(9):
+        spending.step(1.0, 0.1)
+    spending.close()
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
+    damaged = [
+        b"".join(lines[:1] + lines[2:]),
+        b"".join(lines[1:]),
+        b"".join([*lines, lines[-1]]),
+        content.replace(b'"reserve": 2', b'"reserve": 1'),
+        content.replace(b'"reserve"', b'"unused" '),
+        content.replace(b"\n", b"\n\n", 1),
+        b"hello\n",
+    ]
+    for bad in damaged:
+        path.write_bytes(bad)
+        with pytest.raises(ArgumentError, match="what was spent cannot be told"):
+            DurableLedger(path)
+        assert path.read_bytes() == bad
+
+
+def test_one_process_holds_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.2)
+    spending = DurableLedger(path)
+    with pytest.raises(ArgumentError, match="still going on"):
+        DurableLedger(path)
+    spending.close()
+    DurableLedger(path).close()
+
+
+def test_what_cannot_be_written_is_not_spent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spending = DurableLedger(path)
+    spending.step(1.0, 0.1)
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(PrivacyError, match="No space left on device"):
+            for _ in range(10):
+                spending.step(1.0, 0.1)
+    with pytest.raises(PrivacyError, match="closed"):  # what the file holds is uncertain
+        spending.step(1.0, 0.1)
+    with pytest.raises(ArgumentError, match="can be written"):
+        DurableLedger(path / "below a file")
+
+
+def test_bad_arguments_reserve_nothing(path: Path) -> None:
+    spending = DurableLedger(path)
+    for wrong in ((-1.0, 0.1, 1), (1.0, 0.0, 1), (1.0, 0.1, -1)):
+        with pytest.raises(ArgumentError):
+            spending.step(*wrong)
+    spending.close()
+    assert ledger.read(path) == {}
+
+
+def test_a_forked_child_can_spend_nothing(path: Path) -> None:
+    spending = DurableLedger(path)
+    spending.step(1.0, 0.1)
+    child = os.fork()
+    if child == 0:
+        try:
+            spending.close()
+            spending.step(1.0, 0.1)
+        except PrivacyError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    spending.step(1.0, 0.1)
+    spending.close()
+    assert ledger.read(path) == {(1.0, 0.1): 2}
