@@ -42,7 +42,9 @@ class GradientSum:
     def __init__(self, spans: list[Span], max_grad_norm: float) -> None:
         self.spans = spans
         self.dtype = spans[0].param.dtype
-        self.flat = torch.zeros(spans[-1].offset + spans[-1].numel, dtype=self.dtype)
+        # One element more than the gradients: what travels with them over the ranks (`note`), without noise.
+        self.flat = torch.zeros(spans[-1].offset + spans[-1].numel + 1, dtype=self.dtype)
+        self.note = self.flat[-1]
         self.views: dict[Tensor, Tensor] = {
             s.param: self.flat[s.offset : s.offset + s.numel].view(s.param.shape) for s in spans
         }

@@ -6,6 +6,7 @@ import hashlib
 import math
 import numbers
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from fastdp.clipping import GradientSum, Span
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, require
 from fastdp.launch import launched_ranks
+from fastdp.ledger import DurableLedger
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.plan import Plan
 from fastdp.probe import Probe
@@ -32,14 +34,23 @@ class PrivacyEngine:
     """One private training run and what it has spent.
 
     accountant: "pld" or "rdp". seed: for tests only; the run is reproducible and therefore not private.
+    ledger: a file that holds what the run spends, whatever ends it (`fastdp.ledger`). If it exists, the run goes on: what
+        is in it is spent, a calibrated run has so many steps less, and `optimizer.steps` begins there. The key is always
+        new. Save and load the state_dicts of model and optimizer yourself. None: the ledger ends with the process.
     """
 
-    def __init__(self, accountant: accounting.AccountantName = "pld", seed: int | None = None) -> None:
+    def __init__(
+        self,
+        accountant: accounting.AccountantName = "pld",
+        seed: int | None = None,
+        ledger: str | os.PathLike[str] | None = None,
+    ) -> None:
         require(
             seed is None or (isinstance(seed, int) and 0 <= seed < 2**63), "seed", seed, "None or an int in [0, 2^63)"
         )
         self.seed = seed
         self.ledger = accounting.Ledger(accountant)
+        self._ledger_path = None if ledger is None else Path(ledger)
         self.plan: Plan | None = None
         self._dimension = 0
 
@@ -199,9 +210,12 @@ class PrivacyEngine:
         spans = _spans(module, optimizer)
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
         key = self._shared_key(plan, records, spans, optimizer, comm)
+        self._open_ledger(plan, comm)
         recorder = layers.Recorder()
         layers.attach(module, recorder)
         loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size), piece)
+        spent = self.ledger.steps
+        loader.skip(*(divmod(spent, len(loader)) if plan.poisson_sampling else (spent, 0)))
         probe = Probe(module, recorder, loss_reduction == "mean")
 
         def on_batch(batch: Any, rows: int) -> Any:
@@ -224,6 +238,30 @@ class PrivacyEngine:
         )
         self.plan, self._dimension = plan, sum(s.numel for s in spans)
         return module, private, loader
+
+    def _open_ledger(self, plan: Plan, comm: Communicator | None) -> None:
+        """Rank 0 holds the file: no step is released before rank 0's part of its sum, which comes after the record."""
+        if self._ledger_path is None:
+            return
+        events: dict[accounting.Event, int] | ArgumentError = {}
+        if comm is None or comm.rank == 0:
+            try:
+                self.ledger = DurableLedger(self._ledger_path, self.ledger.accountant, plan.events)
+                events = self.ledger.events
+                others = set(events) - {plan.event}
+                if plan.steps is not None and others:
+                    self.ledger.close()
+                    bound = f"{plan.event}, (noise multiplier, sample rate), for which the noise was calibrated"
+                    raise ArgumentError("ledger: event", others.pop(), bound)
+            except ArgumentError as error:
+                events = error
+        if comm is not None:
+            events = comm.bcast_object(events, 0)
+        if isinstance(events, ArgumentError):
+            raise events
+        if comm is not None and comm.rank != 0:
+            for event, count in events.items():
+                self.ledger.step(*event, count)
 
     def _shared_key(
         self, plan: Plan, records: int, spans: list[Span], optimizer: Optimizer, comm: Communicator | None

@@ -8,6 +8,10 @@ class ArgumentError(ValueError):
 
     def __init__(self, name: str, value: object, bound: str) -> None:
         super().__init__(f"{name}={value!r}: must be {bound}")
+        self.name, self.value, self.bound = name, value, bound
+
+    def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, object, str]]:
+        return ArgumentError, (self.name, self.value, self.bound)  # the base class would pass on the message alone
 
 
 class PrivacyError(RuntimeError):

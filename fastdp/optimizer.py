@@ -45,11 +45,13 @@ class PrivateOptimizer(Optimizer):
         self.inner = inner
         self._share_state()
         self.plan, self.gradient, self.ledger = plan, gradient, ledger
-        self.steps = 0
+        self.steps = loader.drawn  # of an earlier process, as its ledger has them
         self._pieces = 0
+        self._wants_to_stop = False  # of this rank
+        self.asked_to_stop = False  # of any rank, at the last step
         self._in_batch = False  # some pieces of the batch are in the sum, some are to come
         self._settings: list[dict[str, Any]] = []  # of the groups, at the last piece
-        self._epochs_recorded = 0
+        self._epochs_recorded = loader.epochs
         self._spans = {s.param: s for s in gradient.spans}
         # Where each of the module's parameters hangs: name, the submodule's own dictionary, key, parameter.
         self._slots = [
@@ -107,8 +109,7 @@ class PrivateOptimizer(Optimizer):
             return
         self._record()  # before anything of the step leaves this process
         step, self.steps = self.steps, self.steps + 1
-        if self._comm is not None:
-            self._comm.all_reduce(self.gradient.flat)
+        self._sum_over_ranks()
         if type(self.inner) is SGD and not self.defaults.get("differentiable"):
             self._noise_sgd(step)
         else:
@@ -116,13 +117,23 @@ class PrivateOptimizer(Optimizer):
 
         self.inner._opt_called = True  # type: ignore[attr-defined]  # what schedulers made before make_private look at
 
+    def ask_to_stop(self) -> None:
+        """Of one rank, from a signal handler for instance: after its next step, `asked_to_stop` is True on all ranks."""
+        self._wants_to_stop = True
+
+    def _sum_over_ranks(self) -> None:
+        """The wish to stop travels with the gradients, so that all ranks learn of it at the same step."""
+        self.gradient.note.fill_(self._wants_to_stop)
+        if self._comm is not None:
+            self._comm.all_reduce(self.gradient.flat)
+        self.asked_to_stop = bool(self.gradient.note)
+
     def _record(self) -> None:
         plan = self.plan
         if plan.poisson_sampling:
-            self.ledger.step(plan.noise_multiplier, plan.sample_rate)
+            self.ledger.step(*plan.event)
         elif self._loader.epochs > self._epochs_recorded:
-            # The batches of an epoch are disjoint, so one step of it depends on a given record.
-            self.ledger.step(plan.noise_multiplier, 1.0, self._loader.epochs - self._epochs_recorded)
+            self.ledger.step(*plan.event, self._loader.epochs - self._epochs_recorded)
             self._epochs_recorded = self._loader.epochs
 
     def _check(self) -> None:
@@ -142,10 +153,9 @@ class PrivateOptimizer(Optimizer):
         if self.plan.steps is not None and self.steps >= self.plan.steps:
             raise PrivacyError(f"step {self.steps + 1}: the noise was calibrated for {self.plan.steps} steps")
         self._check_parameters()
-        if self.plan.steps is not None and not self.plan.poisson_sampling:
-            epochs = self.plan.steps // self.plan.steps_per_epoch
-            if self._loader.epochs > epochs:
-                raise PrivacyError(f"epoch {self._loader.epochs}: the noise was calibrated for {epochs} epochs")
+        epochs = self.plan.events
+        if epochs is not None and not self.plan.poisson_sampling and self._loader.epochs > epochs:
+            raise PrivacyError(f"epoch {self._loader.epochs}: the noise was calibrated for {epochs} epochs")
         self._probe.check_step()
 
     def _check_parameters(self) -> None:

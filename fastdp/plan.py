@@ -6,6 +6,7 @@ import dataclasses
 import math
 import numbers
 
+from fastdp.accounting import Event
 from fastdp.errors import require
 
 
@@ -54,6 +55,17 @@ class Plan:
         """Steps in which each record is expected once, rounded; shuffled batches: in which each is seen once."""
         n, b = self.dataset_size, self.batch_size
         return max(1, round(n / b)) if self.poisson_sampling else math.ceil(n / b)
+
+    @property
+    def event(self) -> Event:
+        """What is accounted: a step of Poisson batches; an epoch of shuffled ones, which are disjoint, so that one step of
+        it depends on a given record."""
+        return float(self.noise_multiplier), self.sample_rate if self.poisson_sampling else 1.0
+
+    @property
+    def events(self) -> int | None:
+        """How many of them the noise was calibrated for."""
+        return self.steps if self.steps is None or self.poisson_sampling else self.steps // self.steps_per_epoch
 
     @property
     def noise_std(self) -> float:

@@ -82,6 +82,7 @@ class PrivateLoader:
         self.epochs = 0  # iterations begun
         self.rows = 0  # this rank's records in the last piece
         self._piece = piece
+        self._position = 0  # of the next batch in its epoch
         self.on_batch: Callable[[Any, int], Any] = lambda batch, rows: batch  # sees each batch before the loop does
         self._loader = loader
 
@@ -91,16 +92,20 @@ class PrivateLoader:
     def __len__(self) -> int:
         return self.sampler.plan.steps_per_epoch
 
+    def skip(self, epochs: int, steps: int) -> None:
+        """Go on after so many whole epochs and steps of the next, as if they had been drawn."""
+        self.drawn, self.epochs, self._position = epochs * len(self) + steps, epochs, steps
+
     def __iter__(self) -> Iterator[Any]:
         epoch, self.epochs = self.epochs, self.epochs + 1
         if self.more:
             raise PrivacyError("data_loader: an iteration was left in the middle of a batch's pieces")
-        first = self.drawn
+        first, position, self._position = self.drawn, self._position, 0
         more: deque[bool] = deque()  # of pieces that were drawn ahead
 
         def pieces() -> Iterator[Tensor]:
-            for i in range(len(self)):
-                ids = self.sampler.local_batch(first + i, epoch, i)
+            for i in range(position, len(self)):
+                ids = self.sampler.local_batch(first - position + i, epoch, i)
                 count = 1 if self._piece is None else max(1, math.ceil(len(ids) / self._piece))
                 more.extend([True] * (count - 1) + [False])
                 yield from ids.tensor_split(count)
