@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import IO, Any
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """`path` gets what `write` writes, by a file beside it, fsync and rename; if that fails, it stays as it was."""
+    """`path` gets what `write` writes, by a file beside it, fsync and rename; if that fails, it stays as it was.
+
+    Raises OSError. The content is made in memory: torch.save and matplotlib turn a full disk into errors of their own.
+    """
+    content = io.BytesIO()
+    write(content)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
-            write(file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -34,9 +34,9 @@ class PrivacyEngine:
     """One private training run and what it has spent.
 
     accountant: "pld" or "rdp". seed: for tests only; the run is reproducible and therefore not private.
-    ledger: a file that holds what the run spends, whatever ends it (`fastdp.ledger`). If it exists, the run goes on: what
-        is in it is spent, a calibrated run has so many steps less, and `optimizer.steps` begins there. The key is always
-        new. Save and load the state_dicts of model and optimizer yourself. None: the ledger ends with the process.
+    ledger: a file that holds what the run spends, whatever ends it (fastdp/ledger.py). If it exists, the run goes on:
+        what is in it is spent, a calibrated run has so many steps less, and `optimizer.steps` begins there. The key is
+        always new. Save and load the state_dicts of model and optimizer yourself. None: spent is known in memory only.
     """
 
     def __init__(
@@ -143,6 +143,11 @@ class PrivacyEngine:
     def get_epsilon(self, delta: float) -> float:
         """Upper bound on the epsilon spent so far at `delta`, the noise's cut tails included; 0.0 before any step."""
         return self.ledger.epsilon_of_sampler(delta, self._dimension)
+
+    def close(self) -> None:
+        """End the run: what its ledger file reserved and did not use is given back. No step can follow."""
+        if isinstance(self.ledger, DurableLedger):
+            self.ledger.close()
 
     def assumptions(self) -> list[str]:
         """What a reader of the epsilon must know, one line each; the first says so if the run is not private."""

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastdp.comm import Communicator, init
 from fastdp.errors import ArgumentError, CommError
@@ -63,6 +63,27 @@ def interrupted(comm: Communicator, where: str) -> int:
     if comm.size > 1:
         comm.abort(INTERRUPTED)
     return INTERRUPTED
+
+
+class StopOnSignal:
+    """While it is entered, the first SIGINT or SIGTERM calls `ask`, and a second one raises KeyboardInterrupt."""
+
+    def __init__(self, ask: Callable[[], None]) -> None:
+        self._ask = ask
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._first)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _first(self, number: int, frame: object) -> None:
+        for each in self._before:
+            signal.signal(each, signal.default_int_handler)
+        self._ask()
 
 
 def complain(line: str) -> None:

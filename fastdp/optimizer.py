@@ -118,7 +118,7 @@ class PrivateOptimizer(Optimizer):
         self.inner._opt_called = True  # type: ignore[attr-defined]  # what schedulers made before make_private look at
 
     def ask_to_stop(self) -> None:
-        """Of one rank, from a signal handler for instance: after its next step, `asked_to_stop` is True on all ranks."""
+        """On one rank, say in a signal handler: after its next step, `asked_to_stop` is True on all ranks."""
         self._wants_to_stop = True
 
     def _sum_over_ranks(self) -> None:

@@ -58,8 +58,7 @@ class Plan:
 
     @property
     def event(self) -> Event:
-        """What is accounted: a step of Poisson batches; an epoch of shuffled ones, which are disjoint, so that one step of
-        it depends on a given record."""
+        """What is accounted: a step of Poisson batches; an epoch of shuffled ones, one of which has a given record."""
         return float(self.noise_multiplier), self.sample_rate if self.poisson_sampling else 1.0
 
     @property

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress, the summary table, files and a picture.
+"""What a run shows: progress, the summary table and a picture.
 
 Nothing here is computed from training records except through the private model (P12): no training loss, no batch
 sizes; throughput counts expected records.
@@ -6,27 +6,19 @@ sizes; throughput counts expected records.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
-import json
 import math
 import os
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
-from torch import nn
 
 from fastdp import metrics as figures
-from fastdp.errors import ArgumentError
 
 
 def print_what_can_be_printed() -> None:
@@ -62,7 +54,7 @@ def figure(value: float) -> str:
 class Progress:
     """A bar on a terminal, a line per epoch elsewhere; nothing on ranks that do not speak."""
 
-    def __init__(self, speaks: bool, steps: int, batch_size: int) -> None:
+    def __init__(self, speaks: bool, steps: int, done: int, batch_size: int) -> None:
         self._batch_size = batch_size
         self._console = Console() if speaks else None
         self._bar: Bar | None = None
@@ -77,7 +69,7 @@ class Progress:
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bar.add_task("", total=steps, text="")
+            self._task = self._bar.add_task("", total=steps, completed=done, text="")
         self._steps = steps
 
     def __enter__(self) -> Progress:
@@ -105,88 +97,6 @@ class Progress:
             self._bar.update(self._task, text=text)
         elif self._console is not None:
             say(f"epoch {metrics['epoch']:.0f}  step {metrics['step']:.0f}/{self._steps}  {text}")
-
-
-class Output:
-    """The folder of a run. Files appear whole or not at all, metrics.jsonl a line at a time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.written: list[str] = []
-        self._history: list[dict[str, Any]] = []
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise ArgumentError("output", str(folder), "a folder that is empty or does not exist")
-            self._metrics: IO[str] | None = open(folder / "metrics.jsonl", "x", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise ArgumentError("output", str(folder), f"a folder that can be written to ({error.strerror})") from error
-
-    def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """A line of metrics.jsonl; where there is no room for it, a warning, once: training goes on."""
-        self._history.append(metrics)
-        if self._metrics is None:
-            return
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        try:
-            self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
-            self._metrics.flush()
-        except OSError as error:
-            say(f"warning: metrics.jsonl ends at epoch {len(self._history) - 1} ({error.strerror})")
-            self._close_metrics()
-
-    def _close_metrics(self) -> None:
-        if self._metrics is not None:
-            with contextlib.suppress(OSError):  # every line was flushed, or warned of
-                self._metrics.close()
-            self._metrics = None
-
-    def write(self, summary: dict[str, Any], model: nn.Module) -> None:
-        """The model, what it cost, and last the picture, without which the run is a success all the same.
-
-        Raises ArgumentError where there is no room; `written` names what is there.
-        """
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-        text = json.dumps(finite, indent=2, allow_nan=False) + "\n"
-        self._close_metrics()
-        self._whole("model.pt", lambda file: torch.save(model.state_dict(), file))
-        self._whole("report.json", lambda file: file.write(text.encode()))
-        try:
-            self._whole("curves.png", lambda file: draw(self._history, summary, file))
-        except Exception as error:  # of matplotlib, of which a setting of the user's may ask for anything
-            say(f"warning: curves.png was not drawn ({type(error).__name__}: {error})")
-
-    def _whole(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
-        partial = self.folder / f".{name}.partial"
-        try:
-            with open(partial, "wb") as file:
-                content = io.BytesIO()
-                write(content)
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self.folder / name)
-        except BaseException as error:
-            partial.unlink(missing_ok=True)
-            if not isinstance(error, OSError):
-                raise
-            raise ArgumentError(
-                "output", str(self.folder), f"a folder with room for {name} ({error.strerror})"
-            ) from error
-        self.written.append(name)
-        _sync_folder(self.folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The name of a new file to disk, too; some network file systems refuse, and have it there anyway."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def draw(history: list[dict[str, Any]], summary: dict[str, Any], file: IO[bytes]) -> None:
@@ -219,6 +129,7 @@ def draw(history: list[dict[str, Any]], summary: dict[str, Any], file: IO[bytes]
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The table at the end of a run."""
+    lost = f", of which {summary['steps_lost']} were lost when the run was cut off" if summary["steps_lost"] else ""
     shown = {
         **{f"{name} *": figure(summary[key]) for key, name in figures.NAMES.items() if key in summary},
         "ε": "infinite: NOT PRIVATE"
@@ -227,9 +138,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         "δ": f"{summary['delta']:g}",
         "noise multiplier": f"{summary['noise_multiplier']:.4f}",
         "sample rate": "none: shuffled" if summary["sample_rate"] is None else f"{summary['sample_rate']:.5f}",
-        "steps": str(summary["steps"]),
-        "seconds per epoch": f"{summary['seconds_per_epoch']:.3f}",
-        "records/s (expected)": f"{summary['records_per_second']:,.0f}",
+        "steps": f"{summary['steps']}{lost}",
+        "seconds per epoch": figure(summary["seconds_per_epoch"]),
+        "records/s (expected)": figure(summary["records_per_second"]),
         "ranks": str(summary["ranks"]),
         "all-reduce": summary["all_reduce"] or "none",
     }

@@ -1,0 +1,228 @@
+"""A run: made of options, a table and ranks, begun or resumed in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastdp
+from fastdp import checkpoint, data, folder, metrics, report
+from fastdp.comm import Communicator
+from fastdp.errors import ArgumentError, require
+from fastdp.folder import RunFolder
+from fastdp.job import tell
+from fastdp.models import build_model
+from fastdp.optimizer import PrivateOptimizer
+from fastdp.options import Options, check_options
+from fastdp.sampling import PrivateLoader
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def load_table(options: Options) -> data.Table:
+    check_options(options)
+    table = data.load(options.data, options.schema, options.evaluation_data, options.evaluation_fraction)
+    data.check(table)
+    n = len(table.train_labels)
+    require(1 <= options.batch_size <= n, "batch_size", options.batch_size, f"in [1, {n}], the training records")
+    return table
+
+
+@dataclasses.dataclass
+class Run:
+    """What `train` trains."""
+
+    options: Options
+    comm: Communicator
+    table: data.Table
+    engine: fastdp.PrivacyEngine
+    model: nn.Module
+    optimizer: PrivateOptimizer
+    loader: PrivateLoader
+    steps_trained: int = 0  # that the model has seen; others were spent, and lost by a crash
+
+    @property
+    def is_private(self) -> bool:
+        """Whether epsilon means anything."""
+        return not any(line.startswith("NOT PRIVATE") for line in self.assumptions)
+
+    @property
+    def assumptions(self) -> list[str]:
+        """Of the engine, and what the engine does not know."""
+        too_large = self.options.delta >= 1 / len(self.table.train_labels)
+        return [delta_too_large(self.options)] * too_large + [*self.engine.assumptions(), *self.table.assumptions]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.options.epochs * len(self.loader)
+
+    @property
+    def spent(self) -> str:
+        """For those who end the run: what it cost."""
+        epsilon = report.upper(self.engine.get_epsilon(self.options.delta), 4)
+        mark = "" if self.is_private else " (NOT PRIVATE)"
+        return f"after {self.optimizer.steps} steps, which cost epsilon={epsilon}{mark}"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; the steps it lacks are in the ledger."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps_trained": self.steps_trained,
+            "training_records": len(self.table.train_labels),
+        }
+
+
+def make_run(options: Options, comm: Communicator, table: data.Table, path: Path) -> Run:
+    """Model, optimizer and loader, made private; as the folder's newest checkpoint has them if it is resumed."""
+    if options.seed is None:
+        torch.seed()
+    else:
+        torch.manual_seed(options.seed)
+    model = build_model(options.model, table.train_features.shape[1:], table.outputs)
+    engine = fastdp.PrivacyEngine(options.accountant, options.seed, path / folder.LEDGER)
+    momentum = {"momentum": options.momentum} if options.optimizer == "sgd" else {}
+    optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.learning_rate, **momentum)
+    state = _load_checkpoint(comm, path) if options.resume else None
+    if state is not None:
+        _restore(state, model, optimizer, table, path)
+    records = TensorDataset(table.train_features, table.train_labels)
+    common: dict[str, Any] = {
+        "module": model,
+        "optimizer": optimizer,
+        "data_loader": DataLoader(records, batch_size=options.batch_size),
+        "max_grad_norm": options.max_grad_norm,
+        "poisson_sampling": not options.shuffle,
+        "max_physical_batch_size": options.max_physical_batch_size,
+        "comm": comm,
+    }
+    if options.noise_multiplier is not None:
+        made = engine.make_private(noise_multiplier=options.noise_multiplier, **common)
+    else:
+        made = engine.make_private_with_epsilon(
+            target_epsilon=1.0 if options.target_epsilon is None else options.target_epsilon,
+            target_delta=options.delta,
+            epochs=options.epochs,
+            **common,
+        )
+    return Run(options, comm, table, engine, *made, steps_trained=state["steps_trained"] if state else 0)
+
+
+def _restore(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, table: data.Table, path: Path) -> None:
+    n, had = len(table.train_labels), state["training_records"]
+    require(n == had, "data", f"{n} training records", f"the table of the run that is resumed, of {had}")
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ArgumentError("resume", str(path), f"a run of this table and model ({reason})") from error
+
+
+def _load_checkpoint(comm: Communicator, path: Path) -> dict[str, Any]:
+    """Rank 0's newest undamaged one, on every rank."""
+    state: dict[str, Any] | None = None
+    if comm.rank == 0:
+        state, passed_over = checkpoint.load_newest(path / folder.CHECKPOINTS)
+        for line in passed_over:
+            tell(f"warning: {line}; going on from one before it\n")
+    state = comm.bcast_object(state, 0)
+    if state is None:
+        raise ArgumentError("resume", str(path), "a run with an undamaged checkpoint")
+    return state
+
+
+def choose_folder(options: Options, comm: Communicator, table: data.Table) -> Path:
+    """Where the run lies; the same on all ranks, though rank 0 alone writes there."""
+    now = f"{datetime.datetime.now():%Y-%m-%dT%H-%M-%S.%f}"[:-3]
+    name = re.sub(r"[^\w-]+", "-", table.name)
+    path: Path = comm.bcast_object(options.output or folder.DEFAULT / f"{name}-{now}", 0)
+    if comm.rank == 0 and not options.resume:
+        folder.check_new(path)
+    return path
+
+
+def open_folder(run: Run, path: Path) -> RunFolder | None:
+    """On rank 0 only."""
+    if run.comm.rank != 0:
+        return None
+    opened = RunFolder(path)
+    if not run.options.resume:
+        opened.begin(run.options.plain(), run.state)
+    return opened
+
+
+def check_same(comm: Communicator, options: Options) -> None:
+    """Ranks on other hosts may have another command line or configuration file."""
+    everywhere = comm.allgather_object(dataclasses.asdict(dataclasses.replace(options, output=None)))
+    for rank, theirs in enumerate(everywhere):
+        for name, value in theirs.items():
+            bound = f"{everywhere[0][name]!r} as on rank 0"
+            require(value == everywhere[0][name], f"rank {rank}: {name}", value, bound)
+
+
+def announce(options: Options, comm: Communicator, table: data.Table) -> None:
+    """Before the noise is calibrated, which takes seconds."""
+    if comm.rank == 0:
+        report.say(
+            f"{options.data}: {len(table.train_labels):,} training records, {options.model}, "
+            f"{comm.size} {'rank' if comm.size == 1 else 'ranks'}; preparing the noise ..."
+        )
+        if options.delta >= 1 / len(table.train_labels):
+            report.say(f"warning: {delta_too_large(options)}")
+        if options.seed is not None:
+            report.say(f"warning: NOT PRIVATE: the noise is reproducible from seed {options.seed}")
+
+
+def delta_too_large(options: Options) -> str:
+    return f"NOT PRIVATE: delta={options.delta:g} is not below 1/n: it allows a whole record to be published"
+
+
+def summarise(run: Run, last: dict[str, float], seconds_per_step: float) -> dict[str, Any]:
+    """What the report holds: DP outputs, or figures on the evaluation table, and what to know about both."""
+    options, plan = run.options, run.engine.plan
+    assert plan is not None
+    table, shown = run.table, [key for key in metrics.NAMES if key in last]
+    steps = run.optimizer.steps
+    return {
+        **{key: last[key] for key in shown},
+        "epsilon": last["epsilon"] if math.isfinite(last["epsilon"]) else None,  # JSON knows no infinity
+        "delta": options.delta,
+        "noise_multiplier": plan.noise_multiplier,
+        "max_grad_norm": plan.max_grad_norm,
+        "sample_rate": plan.sample_rate if plan.poisson_sampling else None,
+        "steps": steps,
+        "steps_lost": steps - run.steps_trained,
+        "epochs": options.epochs,
+        "batch_size": plan.batch_size,
+        "training_records": plan.dataset_size,
+        "evaluation_records": len(table.test_labels),
+        "optimizer": options.optimizer,
+        "lr": options.learning_rate,
+        "lr_schedule": options.lr_schedule,
+        "momentum": options.momentum,
+        "seconds_per_epoch": seconds_per_step * len(run.loader),
+        "records_per_second": plan.batch_size / seconds_per_step,
+        "ranks": run.comm.size,
+        "all_reduce": run.comm.algorithm if run.comm.size > 1 else None,
+        "accountant": options.accountant,
+        "private": run.is_private,
+        "assumptions": run.assumptions,
+        "evaluation": metrics.describe(shown, table.evaluation, table.target),
+        "task": table.task,
+        "data": options.data,
+        "model": options.model,
+        "fastdp": fastdp.__version__,
+        "torch": torch.__version__,
+    }
