@@ -6,7 +6,6 @@ metrics.jsonl (a line per epoch), then model.pt, report.json and curves.png. All
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -65,10 +64,11 @@ class RunFolder:
         self.path = path
         self.written: list[str] = []
         self._history: list[dict[str, Any]] = []
+        self._has_room = True
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._metrics: IO[str] | None = open(path / METRICS, "a+", encoding="utf-8")  # noqa: SIM115
-            self._read_metrics(self._metrics)
+            with open(path / METRICS, "a+", encoding="utf-8") as file:
+                self._read_metrics(file)
         except OSError as error:
             raise ArgumentError("output", str(path), f"a folder that can be written to ({error.strerror})") from error
 
@@ -92,15 +92,15 @@ class RunFolder:
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl; where there is no room for it, a warning, once: training goes on."""
         self._history.append(metrics)
-        if self._metrics is None:
+        if not self._has_room:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         try:
-            self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
-            self._metrics.flush()
+            with open(self.path / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
         except OSError as error:
             say(f"warning: {METRICS} ends at epoch {len(self._history) - 1} ({error.strerror})")
-            self._close_metrics()
+            self._has_room = False
 
     def finish(self, summary: dict[str, Any], model: nn.Module) -> None:
         """The model, what it cost, and last the picture, without which the run is a success all the same.
@@ -108,7 +108,6 @@ class RunFolder:
         Raises ArgumentError where there is no room; `written` names what is there.
         """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-        self._close_metrics()
         self._whole("model.pt", lambda file: torch.save(model.state_dict(), file))
         self._whole(REPORT, lambda file: file.write(_json(finite)))
         checkpoint.remove_all(self.path / CHECKPOINTS)
@@ -129,12 +128,6 @@ class RunFolder:
             say(f"warning: curves.png will lack what was before: {self.path / METRICS} is damaged ({error})")
             lines = []
         self._history = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
-
-    def _close_metrics(self) -> None:
-        if self._metrics is not None:
-            with contextlib.suppress(OSError):  # every line was flushed, or warned of
-                self._metrics.close()
-            self._metrics = None
 
     def _whole(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         try:

@@ -164,9 +164,10 @@ def parse(arguments: list[str] | None = None) -> Options | None:
     saved = folder.options_of(path)
     given = _parse(arguments, *sources, cyclopts.config.Dict({k: v for k, v in saved.items() if k not in CHANGEABLE}))
     assert given is not None
+    began = {**Options().plain(), **saved}
     for name, value in given.plain().items():
-        same = name in CHANGEABLE or value == saved.get(name)
-        require(same, name, value, f"{saved.get(name)!r} as in the run that is resumed, {path}")
+        same = name in CHANGEABLE or value == began.get(name)
+        require(same, name, value, f"{began.get(name)!r} as in the run that is resumed, {path}")
     return dataclasses.replace(given, resume=str(path), output=path)
 
 

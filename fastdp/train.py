@@ -54,9 +54,9 @@ def train(run: Run, folder: RunFolder | None) -> dict[str, Any] | None:
     """
     options, model, optimizer, loader = run.options, run.model, run.optimizer, run.loader
     progress = report.Progress(folder is not None, run.steps, optimizer.steps, options.batch_size)
-    begun, remaining = optimizer.steps, 1.0 - optimizer.steps / run.steps
+    begun = optimizer.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: remaining - step / run.steps if options.lr_schedule == "linear" else 1.0
+        optimizer, lambda step: 1.0 - (begun + step) / run.steps if options.lr_schedule == "linear" else 1.0
     )
     seconds, saved_at = 0.0, time.monotonic()
     with progress, StopOnSignal(optimizer.ask_to_stop):

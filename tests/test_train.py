@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 import torch
 from mpi import launch
 
-from fastdp import ArgumentError, data, metrics, report, train
+from fastdp import data, metrics, report, train
 
 
 def train_cli(
@@ -52,7 +50,14 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 def test_a_run_leaves_its_files(seeded: dict[int, Path]) -> None:
     folder = seeded[2]
-    assert sorted(p.name for p in folder.iterdir()) == ["curves.png", "metrics.jsonl", "model.pt", "report.json"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "curves.png",
+        "ledger.jsonl",
+        "metrics.jsonl",
+        "model.pt",
+        "report.json",
+        "run.json",
+    ]
     summary = json.loads((folder / "report.json").read_text())
     assert summary["accuracy"] > 0.84 and 0.9 < summary["auc"] < 0.92 and summary["log_loss"] < 0.45
     assert 0.99 < summary["epsilon"] <= 1.0 and summary["delta"] == 1e-5
@@ -146,7 +151,7 @@ BAD = {
     "'1.5' is not an integer": ["--epochs", "1.5"],
     "max_grad_norm=0.0: must be > 0": ["--max-grad-norm", "0"],
     "config='/dev': must be a TOML file": ["--config", "/dev"],
-    "output='/dev/null/x': must be a folder that can be written to": ["--output", "/dev/null/x"],
+    "ledger='/dev/null/x/ledger.jsonl': must be a file that can be written": ["--output", "/dev/null/x"],
     "--bogus": ["--bogus", "1"],
     "--epochs": ["--epochs", "many"],
     "--all-reduce": ["--all-reduce", "carrier-pigeon"],
@@ -217,93 +222,9 @@ def test_a_run_without_noise_is_valid_json_and_not_private(tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_ctrl_c_says_what_was_spent(ranks: int, tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    prefix = [launch.find_mpirun() or pytest.skip("no mpirun"), "-n", str(ranks)] if ranks else []
-    if ranks and launch.is_open_mpi():
-        pytest.skip("its ranks are in groups of their own, out of reach of a signal to mpirun's")
-    command = [*prefix, sys.executable, "-m", "fastdp.train", "--epochs", "5000", "--noise-multiplier", "20"]
-    with subprocess.Popen(
-        [*command, "--output", str(output)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-    ) as run:
-        assert run.stdout is not None and run.stderr is not None
-        while not run.stdout.readline().startswith("epoch 2"):
-            assert run.poll() is None
-        os.killpg(run.pid, signal.SIGINT)
-        _, errors = run.communicate(timeout=60)
-    assert run.returncode != 0
-    if ranks == 0:  # mpirun itself ends at once when it is interrupted
-        assert run.returncode == 130
-        assert re.search(r"interrupted after \d+ steps, which cost epsilon=0\.\d+; no model was written\n", errors)
-        assert "Traceback" not in errors
-    assert [p.name for p in output.iterdir()] == ["metrics.jsonl"]
-
-
 def test_slow_evaluation_does_not_exhaust_the_peers_patience(tmp_path: Path) -> None:
     done = launch.start("train_slow_evaluation.py", str(tmp_path / "out"), ranks=2, timeout=100)
     assert done.returncode == 0, done.stdout
-
-
-def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = report.Output(tmp_path / "out")
-    output.append_metrics({"epoch": 1, "step": 1, "epsilon": 0.1, "accuracy": 0.5, "auc": 0.5, "log_loss": 0.7})
-    sizes: list[int] = []
-
-    def full(descriptor: int) -> None:
-        sizes.append(os.fstat(descriptor).st_size)
-        if len(sizes) == 3:  # model.pt, its folder, then report.json
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ArgumentError, match=r"a folder with room for report.json \(No space left on device\)"):
-        output.write(SUMMARY, torch.nn.Linear(2, 1))
-    assert output.written == ["model.pt"]
-    assert sorted(p.name for p in output.folder.iterdir()) == ["metrics.jsonl", "model.pt"]
-
-
-SUMMARY = {"delta": 1e-5, "data": "d", "model": "m", "private": True}
-METRICS = {"epoch": 1, "step": 1, "epsilon": 0.1, "private": True, "accuracy": 0.5, "auc": 0.5, "log_loss": 0.7}
-
-
-def test_a_picture_that_fails_or_is_interrupted_leaves_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def write(name: str, error: BaseException) -> report.Output:
-        def fail(*_: object) -> None:
-            raise error
-
-        output = report.Output(tmp_path / name)
-        output.append_metrics(METRICS)
-        monkeypatch.setattr(report, "draw", fail)
-        output.write(SUMMARY, torch.nn.Linear(2, 1))
-        return output
-
-    output = write("failed", ValueError("bogus is not a backend"))
-    assert "warning: curves.png was not drawn (ValueError: bogus is not a backend)" in capsys.readouterr().out
-    assert output.written == ["model.pt", "report.json"]
-    with pytest.raises(KeyboardInterrupt):
-        write("interrupted", KeyboardInterrupt())
-    for name in ("failed", "interrupted"):
-        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["metrics.jsonl", "model.pt", "report.json"]
-
-
-def test_metrics_without_room_are_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = report.Output(tmp_path / "out")
-    output.append_metrics(METRICS)
-    output._close_metrics()
-    output._metrics = open("/dev/full", "w")  # noqa: SIM115
-    output.append_metrics(METRICS)
-    output.append_metrics(METRICS)
-    assert capsys.readouterr().out == "warning: metrics.jsonl ends at epoch 1 (No space left on device)\n"
-    output.write(SUMMARY, torch.nn.Linear(2, 1))
 
 
 def test_printed_epsilons_are_upper_bounds() -> None:

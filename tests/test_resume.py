@@ -1,0 +1,322 @@
+"""The folder of a run (P8, P10): checkpoints, resumption after signals, kills and damage, and full disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mpi import kill, launch
+
+from fastdp import ArgumentError, checkpoint, folder, ledger, train
+from fastdp.folder import RunFolder
+from fastdp.options import parse
+
+SEEDED = ["--seed", "3", "--epochs", "2", "--noise-multiplier", "1", "--momentum", "0.5"]
+
+
+def begin(output: Path, *arguments: str, ranks: int = 0) -> subprocess.Popen[str]:
+    """Starts the trainer in a process of its own, and waits for its second epoch."""
+    prefix = []
+    if ranks:
+        mpirun = launch.find_mpirun() or pytest.skip("no mpirun")
+        prefix = [mpirun, *(["--oversubscribe"] if launch.is_open_mpi() else []), "-n", str(ranks)]
+    run = subprocess.Popen(
+        [*prefix, sys.executable, "-m", "fastdp.train", "--output", str(output), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.stdout is not None
+    while line := run.stdout.readline():
+        if line.startswith("epoch 2"):
+            return run
+    pytest.fail(run.communicate()[1])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert train.main([*SEEDED, "--output", str(path)]) == 0
+    return torch.load(path / "model.pt")
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGTERM) -> None:
+    """The signal comes in the middle of a step: what it interrupts is finished."""
+    loss_of, calls = train.loss_of, 0
+
+    def counted(*arguments: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == steps:
+            os.kill(os.getpid(), number)
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(train, "loss_of", counted)
+
+
+@pytest.mark.parametrize("steps", [1, 40])
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
+    steps: int,
+    uninterrupted: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps)
+        assert train.main([*SEEDED, "--output", str(output)]) == 130
+    said = f"stopped after {steps} steps, which cost epsilon="
+    assert said in (err := capsys.readouterr().err) and f"go on with --resume {output}" in err
+    assert train.main(["--resume", str(output)]) == 0
+    resumed = torch.load(output / "model.pt")
+    for name, value in uninterrupted.items():
+        assert torch.equal(value, resumed[name]), name
+    report = json.loads((output / "report.json").read_text())
+    assert report["steps"] == 64 and report["steps_lost"] == 0
+    assert sum(ledger.read(output / "ledger.jsonl").values()) == 64
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert not (output / "checkpoints").exists()
+
+
+def test_keys_of_a_resumed_run_are_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[bytes] = []
+    urandom = os.urandom
+    monkeypatch.setattr(os, "urandom", lambda n: keys.append(key := urandom(n)) or key)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert train.main(["--epochs", "1", "--output", str(tmp_path / "run")]) == 130
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    secrets = [k for k in keys if len(k) == 32]
+    assert len(secrets) == len(set(secrets)) == 2
+    stored = b"".join(p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file())
+    assert not any(k in stored or k.hex().encode() in stored for k in secrets)
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(0, "SIGINT"), (2, "SIGINT"), (3, "SIGTERM")])
+def test_a_signal_stops_all_ranks_at_the_same_step(ranks: int, name: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with begin(output, "--epochs", "5000", "--noise-multiplier", "20", ranks=ranks) as run:
+        run.send_signal(getattr(signal, name))
+        _, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, errors
+    assert "Traceback" not in errors and errors.count("fastdp.train: stopped after ") == 1
+    state, _ = checkpoint.load_newest(output / "checkpoints")
+    assert state is not None
+    spent = sum(ledger.read(output / "ledger.jsonl").values())
+    assert f"stopped after {spent} steps" in errors and state["steps_trained"] == spent
+    assert not (output / "model.pt").exists()
+
+
+def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    slow = Path(launch.HERE / "train_slow_step.py")
+    with subprocess.Popen(
+        [sys.executable, str(slow), str(output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        while "asleep" not in run.stdout.readline():
+            assert run.poll() is None
+        run.send_signal(signal.SIGINT)
+        assert "asked" in run.stdout.readline()
+        run.send_signal(signal.SIGINT)
+        _, errors = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert errors.startswith("fastdp.train: interrupted after 2 steps, which cost epsilon=") and errors.count("\n") == 1
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """10 here; `python tests/mpi/kill.py 50` for more. The checks are in there."""
+    if launch.find_mpirun() is None:
+        pytest.skip("no mpirun")
+    for report in kill.kill_and_resume(tmp_path, kills=10, seed=int.from_bytes(os.urandom(4), "little")):
+        assert report["accuracy"] > 0.82
+
+
+def interrupted_run(output: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 40)
+        more = ["--epochs", "2", "--noise-multiplier", "1", "--checkpoint-every", "1e-9", "--output", str(output)]
+        assert train.main([*more, *arguments]) == 130
+
+
+@pytest.mark.parametrize("damage", ["cut off", "bit", "empty", "other"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [p.name for p in checkpoints] == ["step-0000000039.pt", "step-0000000040.pt"]
+    content = bytearray(checkpoints[1].read_bytes())
+    if damage == "bit":
+        content[content.index(b"data/0") + 200] ^= 1
+    damaged = {"cut off": content[:-100], "bit": content, "empty": b"", "other": b"hello" * 1000}[damage]
+    checkpoints[1].write_bytes(damaged)
+    capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert "step-0000000040.pt is damaged (" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 64 and report["steps_lost"] == 1
+
+
+def test_without_an_undamaged_checkpoint_nothing_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.write_bytes(b"x")
+    before = (tmp_path / "run" / "ledger.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--resume", str(tmp_path / "run")])
+    assert "must be a run with an undamaged checkpoint" in capsys.readouterr().err
+    assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == before
+
+
+def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 40)  # in the second of three epochs
+        shuffled = ["--shuffle", "--epochs", "3", "--target-epsilon", "10", "--output", str(output)]
+        assert train.main(shuffled) == 130
+    assert train.main(["--resume", str(output)]) == 0
+    report = json.loads((output / "report.json").read_text())
+    assert report["steps"] == 3 * 32 and report["steps_lost"] == 2 * 32 - 40
+    assert list(ledger.read(output / "ledger.jsonl").values()) == [3]
+    assert report["epsilon"] <= 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "0.5"], "lr=0.5: must be None as in the run that is resumed"),
+        (["--epochs", "3"], "epochs=3: must be 2 as in the run that is resumed"),
+        (["--target-epsilon", "1"], "target_epsilon=1.0: must be None as in the run"),
+        (["--seed", "1"], "seed=1: must be None as in the run"),
+        (["--output", "elsewhere"], "output='elsewhere': must be absent, or the folder that is resumed"),
+    ],
+)
+def test_what_a_resumed_run_refuses(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    before = sorted((p, p.read_bytes()) for p in (tmp_path / "run").rglob("*.*"))
+    capsys.readouterr()
+    assert train.main(["--resume", str(tmp_path / "run"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted((p, p.read_bytes()) for p in (tmp_path / "run").rglob("*.*")) == before
+
+
+def test_auto_takes_the_newest_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for age, (name, finished) in enumerate([("newest", True), ("new", False), ("old", False)]):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text(json.dumps({"epochs": 7 + age}))
+        os.utime(tmp_path / "runs" / name / "run.json", (1e9 - age, 1e9 - age))
+        if finished:
+            (tmp_path / "runs" / name / "report.json").write_text("{}")
+    (tmp_path / "runs" / "empty").mkdir()
+    options = parse(["--resume", "auto"])
+    assert options is not None
+    assert (options.resume, options.output, options.epochs) == ("runs/new", Path("runs/new"), 8)
+    options = parse(["--resume", "auto", "--output", "runs/old", "--timeout", "5"])
+    assert options is not None and (options.output, options.epochs, options.timeout) == (Path("runs/old"), 9, 5.0)
+    options = parse(["--resume", "auto", "--output", "runs/empty"])
+    assert options is not None and options.resume is None and options.output == Path("runs/empty")
+    for finished in ("runs/newest", "runs/empty", "runs/missing"):
+        with pytest.raises(ArgumentError, match="resume="):
+            parse(["--resume", finished])
+
+
+def test_a_checkpoint_without_room_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = RunFolder(tmp_path / "out")
+    output.begin({}, {"steps_trained": 0})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert not output.save_checkpoint(5, {"steps_trained": 5})
+    assert "warning: no checkpoint of step 5" in capsys.readouterr().out
+    assert [p.name for p in (output.path / "checkpoints").iterdir()] == ["step-0000000000.pt"]
+
+
+def test_lines_of_metrics_that_were_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "epsilon": null}\n{"epoch": 2, "eps')
+    output = RunFolder(tmp_path)
+    output.append_metrics({"epoch": 2, "epsilon": 0.5})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "epsilon": null}\n{"epoch": 2, "epsilon": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_text("{{{\n")
+    RunFolder(tmp_path)
+    assert "warning: curves.png will lack what was before" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = RunFolder(tmp_path / "out")
+    output.append_metrics({"epoch": 1, "step": 1, "epsilon": 0.1, "accuracy": 0.5, "auc": 0.5, "log_loss": 0.7})
+    sizes: list[int] = []
+
+    def full(descriptor: int) -> None:
+        sizes.append(os.fstat(descriptor).st_size)
+        if len(sizes) == 3:  # model.pt, its folder, then report.json
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ArgumentError, match=r"a folder with room for report.json \(No space left on device\)"):
+        output.finish(SUMMARY, torch.nn.Linear(2, 1))
+    assert output.written == ["model.pt"]
+    assert sorted(p.name for p in output.path.iterdir()) == ["metrics.jsonl", "model.pt"]
+
+
+SUMMARY = {"delta": 1e-5, "data": "d", "model": "m", "private": True}
+METRICS = {"epoch": 1, "step": 1, "epsilon": 0.1, "private": True, "accuracy": 0.5, "auc": 0.5, "log_loss": 0.7}
+
+
+def test_a_picture_that_fails_or_is_interrupted_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(name: str, error: BaseException) -> RunFolder:
+        def fail(*_: object) -> None:
+            raise error
+
+        output = RunFolder(tmp_path / name)
+        output.append_metrics(METRICS)
+        monkeypatch.setattr(folder, "draw", fail)
+        output.finish(SUMMARY, torch.nn.Linear(2, 1))
+        return output
+
+    output = write("failed", ValueError("bogus is not a backend"))
+    assert "warning: curves.png was not drawn (ValueError: bogus is not a backend)" in capsys.readouterr().out
+    assert output.written == ["model.pt", "report.json"]
+    with pytest.raises(KeyboardInterrupt):
+        write("interrupted", KeyboardInterrupt())
+    for name in ("failed", "interrupted"):
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["metrics.jsonl", "model.pt", "report.json"]
+
+
+def test_metrics_without_room_are_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = RunFolder(tmp_path / "out")
+    output.append_metrics(METRICS)
+    (output.path / "metrics.jsonl").unlink()
+    (output.path / "metrics.jsonl").symlink_to("/dev/full")
+    output.append_metrics(METRICS)
+    output.append_metrics(METRICS)
+    assert capsys.readouterr().out == "warning: metrics.jsonl ends at epoch 1 (No space left on device)\n"
+    output.finish(SUMMARY, torch.nn.Linear(2, 1))
