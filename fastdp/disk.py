@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_whole(path: Path, write: Callable[[IO[bytes]], Any], mode: int = 0o644) -> None:
     """`path` gets what `write` writes, by a file beside it, fsync and rename; if that fails, it stays as it was.
 
-    Raises OSError. The content is made in memory: torch.save and matplotlib turn a full disk into errors of their own.
+    mode: of a new file, before the umask. Raises OSError. The content is made in memory: torch.save and matplotlib turn
+    a full disk into errors of their own.
     """
     content = io.BytesIO()
     write(content)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())

@@ -60,7 +60,7 @@ def check_new(path: Path) -> None:
 class RunFolder:
     """Of one rank. Files appear whole or not at all, metrics.jsonl a line at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tensorboard: bool = False) -> None:
         self.path = path
         self.written: list[str] = []
         self._history: list[dict[str, Any]] = []
@@ -69,6 +69,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             with open(path / METRICS, "a+", encoding="utf-8") as file:
                 self._read_metrics(file)
+            self._board = _board(path / "tensorboard") if tensorboard else None
         except OSError as error:
             raise ArgumentError("output", str(path), f"a folder that can be written to ({error.strerror})") from error
 
@@ -92,6 +93,10 @@ class RunFolder:
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """A line of metrics.jsonl; where there is no room for it, a warning, once: training goes on."""
         self._history.append(metrics)
+        if self._board is not None:
+            for key in metrics.keys() - {"step", "private"}:
+                self._board.add_scalar(key, metrics[key], metrics["step"])
+            self._board.flush()
         if not self._has_room:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
@@ -116,6 +121,10 @@ class RunFolder:
         except Exception as error:  # of matplotlib, of which a setting of the user's may ask for anything
             say(f"warning: curves.png was not drawn ({type(error).__name__}: {error})")
 
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
     def _read_metrics(self, file: IO[str]) -> None:
         """Those of the run that is resumed; a line that was being written when it ended is cut off."""
         file.seek(0)
@@ -136,6 +145,12 @@ class RunFolder:
             bound = f"a folder with room for {name} ({error.strerror})"
             raise ArgumentError("output", str(self.path), bound) from error
         self.written.append(name)
+
+
+def _board(path: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+    return SummaryWriter(path)
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -16,6 +16,7 @@ from fastdp.errors import ArgumentError, PrivacyError
 from fastdp.layers import Recorder
 from fastdp.plan import Plan
 from fastdp.probe import Probe
+from fastdp.profile import Profile
 from fastdp.sampling import PrivateLoader
 from fastdp.secret import SecretKey
 
@@ -47,6 +48,7 @@ class PrivateOptimizer(Optimizer):
         self.plan, self.gradient, self.ledger = plan, gradient, ledger
         self.steps = loader.drawn  # of an earlier process, as its ledger has them
         self._pieces = 0
+        self.profile: Profile | None = None
         self._wants_to_stop = False  # of this rank
         self.asked_to_stop = False  # of any rank, at the last step
         self._in_batch = False  # some pieces of the batch are in the sum, some are to come
@@ -104,18 +106,28 @@ class PrivateOptimizer(Optimizer):
             self._pieces += 1
         finally:
             self._recorder.clear()
+        self._mark("clip")
         self._in_batch = self._loader.more
         if self._in_batch:
             return
         self._record()  # before anything of the step leaves this process
+        self._mark("ledger")
         step, self.steps = self.steps, self.steps + 1
+        if self.profile is not None:
+            self.profile.wait()
         self._sum_over_ranks()
+        self._mark("reduce")
         if type(self.inner) is SGD and not self.defaults.get("differentiable"):
             self._noise_sgd(step)
         else:
             self._noise_then_inner(step)
 
+        self._mark("step")
         self.inner._opt_called = True  # type: ignore[attr-defined]  # what schedulers made before make_private look at
+
+    def _mark(self, phase: str) -> None:
+        if self.profile is not None:
+            self.profile.mark(phase)
 
     def ask_to_stop(self) -> None:
         """On one rank, say in a signal handler: after its next step, `asked_to_stop` is True on all ranks."""

@@ -7,6 +7,7 @@ Everything on the command line can stand in a TOML file too (--config FILE, keys
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,10 @@ class Options:
     "For tests: reproducible and therefore NOT private."
     output: Path | None = None
     "Folder for the model, the report, the ledger and checkpoints; runs/DATA-TIME if not given."
+    profile: bool = False
+    "Time the phases of a step on each rank. PRIVATE diagnostics, in OUTPUT/private; ranks wait for each other for it."
+    tensorboard: bool = False
+    "Write what is in metrics.jsonl for TensorBoard too, to OUTPUT/tensorboard."
     resume: str | None = None
     """Folder of a run to go on with, or auto: the newest one in runs/ (or --output) that was not finished, a new run if
     there is none. Steps after its last checkpoint are spent, and not done again."""
@@ -105,16 +110,9 @@ class Options:
         return {k: str(v) if isinstance(v, Path) else v for k, v in chosen if v is not None}
 
 
-# What may differ between a run and its resumption: nothing of it changes what is computed or spent.
-CHANGEABLE: Final = {
-    "all_reduce",
-    "timeout",
-    "output",
-    "resume",
-    "checkpoint_every",
-    "config",
-    "max_physical_batch_size",
-}
+# What may differ between a run and its resumption: what is computed and spent does not depend on it.
+HARMLESS: Final = {"all_reduce", "timeout", "max_physical_batch_size", "profile", "tensorboard"}
+CHANGEABLE: Final = HARMLESS | {"output", "resume", "checkpoint_every", "config"}
 
 HELP: Final = "Train a differentially private model on a table, alone or under mpirun."
 
@@ -132,6 +130,8 @@ def check_options(options: Options) -> None:
     both = options.target_epsilon is not None and options.noise_multiplier is not None
     require(not both, "noise_multiplier", options.noise_multiplier, "absent when target_epsilon is given")
 
+    there = not options.tensorboard or importlib.util.find_spec("tensorboard") is not None
+    require(there, "tensorboard", True, "installed: pip install tensorboard")
     require(options.checkpoint_every > 0, "checkpoint_every", options.checkpoint_every, "> 0")
 
 

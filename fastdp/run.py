@@ -23,6 +23,7 @@ from fastdp.job import tell
 from fastdp.models import build_model
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.options import Options, check_options
+from fastdp.profile import Profile
 from fastdp.sampling import PrivateLoader
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -48,7 +49,13 @@ class Run:
     model: nn.Module
     optimizer: PrivateOptimizer
     loader: PrivateLoader
+    profile: Profile | None
     steps_trained: int = 0  # that the model has seen; others were spent, and lost by a crash
+
+    def mark(self, phase: str) -> None:
+        """What the time since the last mark was, if that is wanted."""
+        if self.profile is not None:
+            self.profile.mark(phase)
 
     @property
     def is_private(self) -> bool:
@@ -116,7 +123,9 @@ def make_run(options: Options, comm: Communicator, table: data.Table, path: Path
             epochs=options.epochs,
             **common,
         )
-    return Run(options, comm, table, engine, *made, steps_trained=state["steps_trained"] if state else 0)
+    profile = Profile(comm) if options.profile else None
+    made[1].profile = profile
+    return Run(options, comm, table, engine, *made, profile, steps_trained=state["steps_trained"] if state else 0)
 
 
 def _restore(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, table: data.Table, path: Path) -> None:
@@ -157,10 +166,19 @@ def open_folder(run: Run, path: Path) -> RunFolder | None:
     """On rank 0 only."""
     if run.comm.rank != 0:
         return None
-    opened = RunFolder(path)
+    opened = RunFolder(path, run.options.tensorboard)
     if not run.options.resume:
         opened.begin(run.options.plain(), run.state)
     return opened
+
+
+def write_profile(run: Run, path: Path) -> None:
+    """Call it on all ranks."""
+    assert run.profile is not None
+    try:
+        run.profile.write(path)
+    except OSError as error:
+        report.say(f"warning: the profile in {path} is not complete ({error.strerror})")
 
 
 def check_same(comm: Communicator, options: Options) -> None:

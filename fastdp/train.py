@@ -34,7 +34,17 @@ from fastdp.job import (
     usage_error,
 )
 from fastdp.options import Options, parse
-from fastdp.run import Run, announce, check_same, choose_folder, load_table, make_run, open_folder, summarise
+from fastdp.run import (
+    Run,
+    announce,
+    check_same,
+    choose_folder,
+    load_table,
+    make_run,
+    open_folder,
+    summarise,
+    write_profile,
+)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -54,17 +64,23 @@ def train(run: Run, folder: RunFolder | None) -> dict[str, Any] | None:
     """
     options, model, optimizer, loader = run.options, run.model, run.optimizer, run.loader
     progress = report.Progress(folder is not None, run.steps, optimizer.steps, options.batch_size)
-    begun = optimizer.steps
+    begun, mark = optimizer.steps, run.mark
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 1.0 - (begun + step) / run.steps if options.lr_schedule == "linear" else 1.0
     )
     seconds, saved_at = 0.0, time.monotonic()
+    if run.profile is not None:
+        run.profile.start()
     with progress, StopOnSignal(optimizer.ask_to_stop):
         while optimizer.steps < run.steps:
             started = time.perf_counter()
             for features, labels in loader:
+                mark("data")
                 optimizer.zero_grad()
-                loss_of(model(features), labels).backward()
+                loss = loss_of(model(features), labels)
+                mark("forward")
+                loss.backward()
+                mark("backward")
                 optimizer.step()
                 if optimizer.is_accumulating:
                     continue
@@ -76,12 +92,14 @@ def train(run: Run, folder: RunFolder | None) -> dict[str, Any] | None:
                 if folder is not None and time.monotonic() - saved_at > options.checkpoint_every:
                     folder.save_checkpoint(optimizer.steps, run.state)
                     saved_at = time.monotonic()
+                    mark("checkpoint")
             seconds += time.perf_counter() - started
             if folder is not None and optimizer.steps == run.steps:
                 folder.save_checkpoint(optimizer.steps, run.state)  # what is left to do may fail
             figures = evaluate(run)
             if folder is not None:
                 folder.append_metrics(figures)
+            mark("evaluation")
             progress.epoch(figures, seconds / (optimizer.steps - begun))
     if begun == run.steps:  # a run that was ended between its last step and its report
         return summarise(run, evaluate(run), math.nan)
@@ -138,12 +156,16 @@ def run_on_all_ranks(options: Options) -> int:
         run = made = together(comm, lambda: make_run(options, comm, table, path))
         folder = together(comm, lambda: open_folder(made, path))
         summary = train(made, folder)
+        if made.profile is not None:
+            together(comm, lambda: write_profile(made, path))
         # On rank 0 alone: a slow disk does not try the others' patience.
         status = 0
         if folder is not None and summary is not None:
             status = finish(made, folder, summary)
         elif folder is not None:
             stop(made, folder)
+        if folder is not None:
+            folder.close()
         made.engine.close()
         return INTERRUPTED if summary is None else status
     except KeyboardInterrupt:

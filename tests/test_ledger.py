@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
-from fastdp import ArgumentError, PrivacyError, ledger
+from fastdp import ArgumentError, PrivacyEngine, PrivacyError, ledger
 from fastdp.ledger import DurableLedger
 
 
@@ -188,3 +190,61 @@ def test_a_forked_child_can_spend_nothing(path: Path) -> None:
     spending.step(1.0, 0.1)
     spending.close()
     assert ledger.read(path) == {(1.0, 0.1): 2}
+
+
+def train(path: Path, steps: int, **arguments: object) -> tuple[list[int], float]:
+    """Steps of a user's own loop: their numbers, and what the run has cost by then."""
+    engine = PrivacyEngine(accountant="rdp", ledger=path)
+    model = torch.nn.Linear(3, 1)
+    common = {
+        "module": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "data_loader": DataLoader(TensorDataset(torch.randn(64, 3)), batch_size=8),
+        "max_grad_norm": 1.0,
+    }
+    done: list[int] = []
+    try:
+        if "target_epsilon" in arguments:
+            _, optimizer, loader = engine.make_private_with_epsilon(**common, target_delta=1e-5, **arguments)
+        else:
+            _, optimizer, loader = engine.make_private(**common, **arguments)
+        while True:
+            for (x,) in loader:
+                if len(done) == steps:
+                    return done, engine.get_epsilon(1e-5)
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                done.append(optimizer.steps)
+    finally:
+        engine.close()
+
+
+def test_a_loop_of_the_users_own_goes_on_where_its_ledger_stands(path: Path) -> None:
+    done, first = train(path, 11, noise_multiplier=1.0)
+    assert done == list(range(1, 12))
+    done, second = train(path, 5, noise_multiplier=1.0)
+    assert done == list(range(12, 17)) and second > first
+    _, third = train(path, 1, noise_multiplier=2.0)  # another mechanism: composed with what was
+    assert third > second
+    assert ledger.read(path) == {(1.0, 0.125): 16, (2.0, 0.125): 1}
+
+
+def test_a_calibrated_run_cannot_be_stretched_by_starting_it_again(path: Path) -> None:
+    train(path, 11, target_epsilon=1.0, epochs=2)
+    with pytest.raises(PrivacyError, match="step 17: the noise was calibrated for 16 steps"):
+        train(path, 6, target_epsilon=1.0, epochs=2)
+    assert list(ledger.read(path).values()) == [16]
+    with pytest.raises(ArgumentError, match="for which the noise was calibrated"):
+        train(path, 1, target_epsilon=2.0, epochs=2)
+    with pytest.raises(PrivacyError, match="calibrated for 16 steps"):
+        train(path, 1, target_epsilon=1.0, epochs=2)
+    assert list(ledger.read(path).values()) == [16]
+
+
+def test_shuffled_epochs_are_reserved_whole(path: Path) -> None:
+    train(path, 9, noise_multiplier=1.0, poisson_sampling=False)
+    assert ledger.read(path) == {(1.0, 1.0): 2}  # the second epoch was begun
+    done, _ = train(path, 1, noise_multiplier=1.0, poisson_sampling=False)
+    assert done == [17]  # of an epoch of its own
+    assert ledger.read(path) == {(1.0, 1.0): 3}

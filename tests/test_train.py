@@ -107,6 +107,48 @@ def test_area_under_roc_by_counting_pairs() -> None:
     assert math.isnan(metrics.area_under_roc(score, torch.ones(60)))
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("watched") / "run"
+    more = ["--profile", "--tensorboard", "--max-physical-batch-size", "100", "--optimizer", "adamw"]
+    done = train_cli("--seed", "3", "--epochs", "2", *more, "--output", str(folder), ranks=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_profiles_are_private(watched: Path) -> None:
+    private = watched / "private"
+    assert sorted(p.name for p in private.iterdir()) == ["profile.json", "profile.png"]
+    assert private.stat().st_mode & 0o777 == 0o700
+    assert all(p.stat().st_mode & 0o777 == 0o600 for p in private.iterdir())
+    profile = json.loads((private / "profile.json").read_text())
+    assert profile["notice"].startswith("PRIVATE")
+    ranks = profile["seconds of ranks"]
+    assert len(ranks) == 2 and ranks[1].pop("checkpoint") == 0.0
+    assert all(seconds > 0 for rank in ranks for phase, seconds in rank.items() if phase != "checkpoint")
+    assert sum(ranks[0].values()) == pytest.approx(sum(ranks[1].values()), rel=0.2)
+    assert (private / "profile.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_has_the_lines_of_metrics(watched: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(watched / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (watched / "metrics.jsonl").read_text().splitlines()]
+    assert set(board.Tags()["scalars"]) == lines[0].keys() - {"step", "private"}
+    for key in board.Tags()["scalars"]:
+        shown = [(event.step, event.value) for event in board.Scalars(key)]
+        assert shown == [(line["step"], pytest.approx(line[key], rel=1e-6)) for line in lines]
+
+
+def test_adamw_in_pieces_on_two_ranks_is_adamw(watched: Path, tmp_path: Path) -> None:
+    seeded = ["--seed", "3", "--epochs", "2", "--optimizer", "adamw"]
+    assert train.main([*seeded, "--output", str(tmp_path / "run")]) == 0
+    ours, theirs = torch.load(watched / "model.pt"), torch.load(tmp_path / "run" / "model.pt")
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-4)
+
+
 def test_toml_config_and_shuffled_batches(tmp_path: Path) -> None:
     config = tmp_path / "run.toml"
     config.write_text('epochs = 5\nbatch_size = 2048\nmodel = "logistic"\nnoise_multiplier = 20.0\nshuffle = true\n')
