@@ -64,7 +64,9 @@ def test_a_late_rank_and_an_interrupted_one(tmp_path: Path) -> None:
 def test_a_rank_that_dies_or_stops_in_the_middle(signal: str, algorithm: str, tmp_path: Path) -> None:
     if signal == "SIGKILL" and launch.find_mpirun() and launch.is_open_mpi():
         pytest.skip("Open MPI's launcher ends the survivors before they can report")
-    result = launch.start("stall.py", str(tmp_path), signal, algorithm, ranks=3, timeout=60, cleanup=signal == "SIGSTOP")
+    result = launch.start(
+        "stall.py", str(tmp_path), signal, algorithm, ranks=3, timeout=60, cleanup=signal == "SIGSTOP"
+    )
     assert files_in(tmp_path, 2) == {"rank 0", "rank 2"}, result.stdout
     assert result.returncode != 0
 
