@@ -31,6 +31,18 @@ def sgd(module: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
 
 
+def adam(module: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(module.parameters(), lr=0.001)
+
+
+class Unfused(torch.optim.Adam):
+    """A subclass, so that fastdp makes the noise first and calls this step."""
+
+
+def unfused_adam(module: nn.Module) -> torch.optim.Adam:
+    return Unfused(module.parameters(), lr=0.001)
+
+
 def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, criterion, x: Tensor, y: Tensor) -> None:
     optimizer.zero_grad()
     criterion(module(x), y).backward()
@@ -51,24 +63,42 @@ def rounds_for(name: str) -> int:
     return 30 if name == "784-1024-1024-10" else 100
 
 
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.parametrize("name", MODELS)
-def bench_step_against_torch(pair, name: str, threads: int) -> None:
+def make_private(name: str, make):
     sizes, batch = MODELS[name]
-    plain, private = mlp(sizes), mlp(sizes)
-    plain_optimizer = sgd(plain)
-    private, optimizer, loader = PrivacyEngine().make_private(
-        module=private,
-        optimizer=sgd(private),
+    module = mlp(sizes)
+    module, optimizer, loader = PrivacyEngine().make_private(
+        module=module,
+        optimizer=make(module),
         data_loader=DataLoader(records_for(name), batch_size=batch),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
     )
-    stream = forever(loader)
+    return module, optimizer, forever(loader)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize(("name", "make"), [*((name, sgd) for name in MODELS), ("784-1024-1024-10", adam)])
+def bench_step_against_torch(pair, name: str, make, threads: int) -> None:
+    plain = mlp(MODELS[name][0])
+    plain_optimizer = make(plain)
+    private, optimizer, stream = make_private(name, make)
     pair(
         lambda x, y: take_step(plain, plain_optimizer, F.cross_entropy, x, y),
         lambda x, y: take_step(private, optimizer, F.cross_entropy, x, y),
         lambda: next(stream),
+        rounds=rounds_for(name),
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def bench_adam_step_against_the_unfused_one(pair, threads: int) -> None:
+    name = "784-1024-1024-10"
+    fused, fused_optimizer, stream = make_private(name, adam)
+    unfused, unfused_optimizer, other = make_private(name, unfused_adam)
+    pair(
+        lambda _, batch: take_step(unfused, unfused_optimizer, F.cross_entropy, *batch),
+        lambda batch, _: take_step(fused, fused_optimizer, F.cross_entropy, *batch),
+        lambda: (next(stream), next(other)),
         rounds=rounds_for(name),
     )
 

@@ -107,6 +107,38 @@ void bind_clipping(py::module_& m) {
       Release());
 }
 
+template <class Step>
+void bind_step(py::module_& m) {
+  using Parameter = std::tuple<Address, Address, Address, int64_t, uint64_t>;
+  m.def("noise_step", [](const Step& h, const std::vector<Parameter>& parameters, Address flat, DType dtype,
+                         Address key, int64_t step, int threads) {
+    std::vector<StepParameter> list;
+    for (const auto& [p, state0, state1, n, offset] : parameters) list.push_back({p, {state0, state1}, n, offset});
+    const Stream s = stream(key, Domain::noise, step);
+    py::gil_scoped_release release;
+    with_step_type(dtype, [&](auto t) { noise_step(list, at<const decltype(t)>(flat), s, h, threads); });
+  });
+}
+
+void bind_steps(py::module_& m) {
+  py::class_<SgdStep>(m, "SgdStep")
+      .def(py::init([](double std, double scale, double weight_decay, double lr, double momentum, double dampening,
+                       bool nesterov, bool first) {
+             return SgdStep{{std, scale, weight_decay}, lr, momentum, dampening, nesterov, first};
+           }),
+           py::kw_only(), py::arg("std"), py::arg("scale"), py::arg("weight_decay"), py::arg("lr"), py::arg("momentum"),
+           py::arg("dampening"), py::arg("nesterov"), py::arg("first"));
+  py::class_<AdamStep>(m, "AdamStep")
+      .def(py::init([](double std, double scale, double weight_decay, double beta1, double beta2, double eps,
+                       double keep, double step_size, double root) {
+             return AdamStep{{std, scale, weight_decay}, beta1, beta2, eps, keep, step_size, root};
+           }),
+           py::kw_only(), py::arg("std"), py::arg("scale"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"),
+           py::arg("eps"), py::arg("keep"), py::arg("step_size"), py::arg("root"));
+  bind_step<SgdStep>(m);
+  bind_step<AdamStep>(m);
+}
+
 void bind_noise(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   m.def(
@@ -116,21 +148,6 @@ void bind_noise(py::module_& m) {
         with_type(dtype, [&](auto t) { gaussian_noise(at<decltype(t)>(x), n, s, first, std, threads); });
       },
       Release());
-  py::class_<SgdStep>(m, "SgdStep")
-      .def(py::init([](double std, double scale, double lr, double momentum, double dampening, double weight_decay,
-                       bool nesterov, bool maximize, bool first) {
-             return SgdStep{std, scale, lr, momentum, dampening, weight_decay, nesterov, maximize, first};
-           }),
-           py::kw_only(), py::arg("std"), py::arg("scale"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
-           py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), py::arg("first"));
-  m.def("noise_sgd", [](const std::vector<std::tuple<Address, Address, int64_t, uint64_t>>& parameters, Address flat,
-                        DType dtype, Address key, int64_t step, const SgdStep& h, int threads) {
-    std::vector<SgdParameter> list;
-    for (const auto& [p, buf, n, offset] : parameters) list.push_back({p, buf, n, offset});
-    const Stream s = stream(key, Domain::noise, step);
-    py::gil_scoped_release release;
-    with_step_type(dtype, [&](auto t) { noise_sgd(list, at<const decltype(t)>(flat), s, h, threads); });
-  });
   m.def("poisson_sample", [](int64_t n, double rate, Address key, int64_t step) {
     const Stream s = stream(key, Domain::sampling, step);
     std::vector<int64_t> ids;
@@ -158,6 +175,7 @@ PYBIND11_MODULE(_kernels, m) {
   m.def("threads_available", &threads_available);
   bind_clipping(m);
   bind_noise(m);
+  bind_steps(m);
 }
 
 }  // namespace fastdp

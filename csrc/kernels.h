@@ -13,12 +13,37 @@ constexpr int64_t kChunk = 160;
 // Records of one sampling block: they are drawn from a stream of their own, so a block can be drawn alone.
 constexpr int64_t kSampleBlock = 4096;
 
-// SGD as torch.optim.SGD does it, on (sum + noise) * scale instead of the gradient.
-struct SgdStep {
+// What a step takes for the gradient: (sum + std N) * scale + weight_decay * parameter.
+struct NoisedGradient {
   double std;    // of the noise, in units of the sum
-  double scale;  // 1 / expected batch size
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov, maximize, first;  // first: the momentum buffer holds nothing yet
+  double scale;  // 1 / expected batch size; negative to maximize
+  double weight_decay;
+};
+
+// SGD as torch.optim.SGD does it.
+struct SgdStep {
+  NoisedGradient gradient;
+  double lr, momentum, dampening;
+  bool nesterov, first;  // first: the momentum buffer holds nothing yet
+};
+
+// Adam as torch.optim.Adam does its step number t; the caller corrects the bias, and decays the weights for AdamW.
+struct AdamStep {
+  NoisedGradient gradient;
+  double beta1, beta2, eps;
+  double keep;       // of the parameter: 1 - lr * weight decay where that is decoupled, else 1
+  double step_size;  // lr / (1 - beta1^t)
+  double root;       // sqrt(1 - beta2^t)
+};
+
+// Elements of one parameter and what belongs to them; the noise of p[i] is N(first + i).
+template <class T>
+struct StepRange {
+  T* p;
+  const T* sum;
+  T* state[2];  // momentum_buffer or null, null; or exp_avg, exp_avg_sq
+  int64_t n;
+  uint64_t first;
 };
 
 template <class T>
@@ -38,8 +63,11 @@ struct TypedKernels {
 
 template <class T>
 struct StepKernels {
-  // p[i] takes one SGD step with the gradient (sum[i] + std N(first + i)) * scale; buf: momentum buffer or null
-  void (*noise_sgd)(T* p, const T* sum, T* buf, int64_t n, const Stream& stream, uint64_t first, const SgdStep& h);
+  void (*noise_sgd)(const StepRange<T>& r, const Stream& stream, const SgdStep& h);
+  void (*noise_adam)(const StepRange<T>& r, const Stream& stream, const AdamStep& h);
+
+  auto of(const SgdStep&) const { return noise_sgd; }
+  auto of(const AdamStep&) const { return noise_adam; }
 };
 
 struct Kernels {

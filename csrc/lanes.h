@@ -16,10 +16,14 @@ typedef float f32v __attribute__((vector_size(4 * kLanes)));
 
 inline f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
 
-inline f32v sqrt_lanes(f32v x) {  // correctly rounded by IEEE 754, so the same at every width
+// Correctly rounded by IEEE 754, so the same at every width.
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
+
+inline f32v sqrt_lanes(f32v x) {
   alignas(64) float t[kLanes];
   std::memcpy(t, &x, sizeof t);
-  for (int i = 0; i < kLanes; ++i) t[i] = __builtin_sqrtf(t[i]);
+  for (int i = 0; i < kLanes; ++i) t[i] = square_root(t[i]);
   std::memcpy(&x, t, sizeof t);
   return x;
 }

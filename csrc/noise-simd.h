@@ -1,4 +1,4 @@
-// Gaussian noise, added to memory or consumed by an SGD step as it is made: it is never stored on its own.
+// Gaussian noise, added to memory or consumed by an optimizer's step as it is made: it is never stored on its own.
 
 inline void normal_chunk(const Stream& s, uint64_t chunk, float (&z)[kChunk]) {
   for (int part = 0; part < 16; part += kLanes) {
@@ -37,28 +37,49 @@ void add_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std
   });
 }
 
+// Its own function for __restrict__, which the compiler believes of parameters only.
+template <class T, class Update, class... State>
+inline void step_chunk(int64_t count, const float* z, const NoisedGradient& h, Update update, T* __restrict__ p,
+                       const T* __restrict__ sum, State* __restrict__... state) {
+  const T std = static_cast<T>(h.std), scale = static_cast<T>(h.scale), decay = static_cast<T>(h.weight_decay);
+  for (int64_t j = 0; j < count; ++j)
+    update((sum[j] + std * static_cast<T>(z[j])) * scale + decay * p[j], p[j], state[j]...);
+}
+
+// Calls update(gradient, p[i], state[i]...) for each element.
+template <class T, class Update, class... State>
+inline void noise_step(const StepRange<T>& r, const Stream& stream, const NoisedGradient& h, Update update,
+                       State*... state) {
+  for_each_chunk(r.n, stream, r.first, [=](int64_t i, int64_t count, const float* z) {
+    step_chunk(count, z, h, update, r.p + i, r.sum + i, (state + i)...);
+  });
+}
+
 template <class T>
-void noise_sgd(T* p, const T* sum, T* buf, int64_t n, const Stream& stream, uint64_t first, const SgdStep& h) {
-  const T std = static_cast<T>(h.std), scale = static_cast<T>(h.maximize ? -h.scale : h.scale);
-  const T lr = static_cast<T>(h.lr), decay = static_cast<T>(h.weight_decay);
+void noise_sgd(const StepRange<T>& r, const Stream& stream, const SgdStep& h) {
+  const T lr = static_cast<T>(h.lr);
+  if (r.state[0] == nullptr) return noise_step(r, stream, h.gradient, [=](T g, T& p) { p -= lr * g; });
   const T keep = static_cast<T>(h.first ? 0.0 : h.momentum), take = static_cast<T>(h.first ? 1.0 : 1.0 - h.dampening);
   const T look_ahead = static_cast<T>(h.momentum);
   const bool nesterov = h.nesterov;
-  for_each_chunk(n, stream, first, [=](int64_t i, int64_t count, const float* z) {
-    T* __restrict__ to = p + i;
-    const T* __restrict__ from = sum + i;
-    if (buf == nullptr) {
-      for (int64_t j = 0; j < count; ++j)
-        to[j] -= lr * ((from[j] + std * static_cast<T>(z[j])) * scale + decay * to[j]);
-      return;
-    }
-    T* __restrict__ velocity = buf + i;
-    for (int64_t j = 0; j < count; ++j) {
-      const T g = (from[j] + std * static_cast<T>(z[j])) * scale + decay * to[j];
-      velocity[j] = keep * velocity[j] + take * g;
-      to[j] -= lr * (nesterov ? g + look_ahead * velocity[j] : velocity[j]);
-    }
-  });
+  const auto update = [=](T g, T& p, T& velocity) {
+    velocity = keep * velocity + take * g;
+    p -= lr * (nesterov ? g + look_ahead * velocity : velocity);
+  };
+  noise_step(r, stream, h.gradient, update, r.state[0]);
+}
+
+template <class T>
+void noise_adam(const StepRange<T>& r, const Stream& stream, const AdamStep& h) {
+  const T take1 = static_cast<T>(1.0 - h.beta1), keep2 = static_cast<T>(h.beta2), take2 = static_cast<T>(1.0 - h.beta2);
+  const T keep = static_cast<T>(h.keep), step_size = static_cast<T>(h.step_size);
+  const T root = static_cast<T>(h.root), eps = static_cast<T>(h.eps);
+  const auto update = [=](T g, T& p, T& exp_avg, T& exp_avg_sq) {
+    exp_avg += take1 * (g - exp_avg);
+    exp_avg_sq = keep2 * exp_avg_sq + take2 * g * g;
+    p = keep * p - step_size * exp_avg / (square_root(exp_avg_sq) / root + eps);
+  };
+  noise_step(r, stream, h.gradient, update, r.state[0], r.state[1]);
 }
 
 inline void keystream(const Stream& s, uint64_t first, int64_t blocks, uint32_t* words) {

@@ -142,21 +142,21 @@ void gaussian_noise(T* x, int64_t n, const Stream& stream, uint64_t first, doubl
   });
 }
 
-template <class T>
-void noise_sgd(const std::vector<SgdParameter>& parameters, const T* flat, const Stream& stream, const SgdStep& h,
-               int threads) {
+template <class T, class Step>
+void noise_step(const std::vector<StepParameter>& parameters, const T* flat, const Stream& stream, const Step& h,
+                int threads) {
+  const auto kernel = kernels().step(T{}).of(h);
   // All parameters in one parallel region: waking the team for each bias would cost more than its step.
   std::vector<int64_t> ends;  // of each parameter's parts
   int64_t parts = 0;
-  for (const SgdParameter& q : parameters) ends.push_back(parts += noise_parts(q.n, q.offset));
+  for (const StepParameter& q : parameters) ends.push_back(parts += noise_parts(q.n, q.offset));
   parallel_parts(threads, parts, [&](int64_t part) {
     const size_t which = std::upper_bound(ends.begin(), ends.end(), part) - ends.begin();
-    const SgdParameter& q = parameters[which];
+    const StepParameter& q = parameters[which];
     const Range r = noise_part(q.n, q.offset, part - (which == 0 ? 0 : ends[which - 1]));
-    T* p = reinterpret_cast<T*>(q.p) + r.begin;
-    T* buf = q.buf == 0 ? nullptr : reinterpret_cast<T*>(q.buf) + r.begin;
+    const auto at = [&](uintptr_t memory) { return memory == 0 ? nullptr : reinterpret_cast<T*>(memory) + r.begin; };
     const uint64_t first = q.offset + r.begin;
-    kernels().step(T{}).noise_sgd(p, flat + first, buf, r.count, stream, first, h);
+    kernel({at(q.p), flat + first, {at(q.state[0]), at(q.state[1])}, r.count, first}, stream, h);
   });
 }
 
@@ -185,7 +185,9 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
 FASTDP_INSTANTIATE(float)
 FASTDP_INSTANTIATE(bf16)
 FASTDP_INSTANTIATE(double)
-template void noise_sgd(const std::vector<SgdParameter>&, const float*, const Stream&, const SgdStep&, int);
-template void noise_sgd(const std::vector<SgdParameter>&, const double*, const Stream&, const SgdStep&, int);
+template void noise_step(const std::vector<StepParameter>&, const float*, const Stream&, const SgdStep&, int);
+template void noise_step(const std::vector<StepParameter>&, const double*, const Stream&, const SgdStep&, int);
+template void noise_step(const std::vector<StepParameter>&, const float*, const Stream&, const AdamStep&, int);
+template void noise_step(const std::vector<StepParameter>&, const double*, const Stream&, const AdamStep&, int);
 
 }  // namespace fastdp

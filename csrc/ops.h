@@ -35,17 +35,18 @@ void scale_rows(Rows<T> rows, const double* factors, T* out, typename SumOf<T>::
 template <class T>
 void gaussian_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, int threads);
 
-// A parameter p[n], its momentum buffer (or null), and where its gradient starts in the flat buffer; the noise's too.
-struct SgdParameter {
-  uintptr_t p, buf;
+// A parameter p[n], the optimizer's state of it (see StepRange), and where its gradient starts in the flat buffer; the
+// noise's too.
+struct StepParameter {
+  uintptr_t p, state[2];
   int64_t n;
   uint64_t offset;
 };
 
-// one SGD step of each parameter on (flat[offset + i] + std N(offset + i)) * scale
-template <class T>
-void noise_sgd(const std::vector<SgdParameter>& parameters, const T* flat, const Stream& stream, const SgdStep& h,
-               int threads);
+// one step, SgdStep or AdamStep, of each parameter on flat[offset + i] and N(offset + i)
+template <class T, class Step>
+void noise_step(const std::vector<StepParameter>& parameters, const T* flat, const Stream& stream, const Step& h,
+                int threads);
 
 // ascending ids of a Poisson sample of n records
 std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream);

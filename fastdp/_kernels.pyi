@@ -16,13 +16,27 @@ class SgdStep:
         *,
         std: float,
         scale: float,
+        weight_decay: float,
         lr: float,
         momentum: float,
         dampening: float,
-        weight_decay: float,
         nesterov: bool,
-        maximize: bool,
         first: bool,
+    ) -> None: ...
+
+class AdamStep:
+    def __init__(
+        self,
+        *,
+        std: float,
+        scale: float,
+        weight_decay: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        keep: float,
+        step_size: float,
+        root: float,
     ) -> None: ...
 
 def isa() -> str: ...
@@ -52,13 +66,13 @@ def scale_rows(
     x: int, dtype: DType, batch: int, n: int, stride: int, factors: int, out: int, sums: int, threads: int
 ) -> None: ...
 def gaussian_noise(x: int, dtype: DType, n: int, std: float, key: int, step: int, first: int, threads: int) -> None: ...
-def noise_sgd(
-    parameters: list[tuple[int, int, int, int]],  # address, momentum buffer's address or 0, length, offset
+def noise_step(
+    h: SgdStep | AdamStep,
+    parameters: list[tuple[int, int, int, int, int]],  # address, two addresses of state or 0, length, offset
     flat: int,
     dtype: DType,
     key: int,
     step: int,
-    h: SgdStep,
     threads: int,
 ) -> None: ...
 def poisson_sample(n: int, rate: float, key: int, step: int) -> npt.NDArray[np.int64]: ...

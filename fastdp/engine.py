@@ -275,7 +275,8 @@ class PrivacyEngine:
         secret = os.urandom(32) if self.seed is None else hashlib.sha256(b"fastdp test %d" % self.seed).digest()
         if comm is not None and comm.size > 1:
             groups = [sorted((k, str(v)) for k, v in g.items() if k != "params") for g in optimizer.param_groups]
-            mine = (plan, records, [(s.name, tuple(s.param.shape), s.param.dtype) for s in spans], groups)
+            shapes = [(s.name, tuple(s.param.shape), s.param.dtype) for s in spans]
+            mine = (plan, records, shapes, type(optimizer).__name__, groups)
             for rank, other in enumerate(comm.allgather_object(mine)):
                 if other != mine:
                     raise CommError(

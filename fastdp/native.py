@@ -127,15 +127,19 @@ def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int) -> Non
     _kernels.gaussian_noise(x.data_ptr(), DTYPES[x.dtype], x.numel(), std, key.data_ptr(), step, offset, threads)
 
 
-def noise_sgd(
-    parameters: list[tuple[int, int, int, int]], flat: Tensor, key: Tensor, step: int, h: _kernels.SgdStep
+def noise_step(
+    h: _kernels.SgdStep | _kernels.AdamStep,
+    parameters: list[tuple[int, int, int, int, int]],
+    flat: Tensor,
+    key: Tensor,
+    step: int,
 ) -> None:
-    """One SGD step of each parameter on the noised sum in `flat`.
+    """One step of each parameter on the noised sum in `flat`.
 
-    parameters: (address, momentum buffer's address or 0, length, offset in `flat`) of each, of flat's dtype.
+    parameters: (address, two addresses of state or 0, length, offset in `flat`) of each, of flat's dtype.
     """
     threads = torch.get_num_threads()
-    _kernels.noise_sgd(parameters, flat.data_ptr(), DTYPES[flat.dtype], key.data_ptr(), step, h, threads)
+    _kernels.noise_step(h, parameters, flat.data_ptr(), DTYPES[flat.dtype], key.data_ptr(), step, threads)
 
 
 def poisson_sample(n: int, rate: float, key: Tensor, step: int) -> Tensor:

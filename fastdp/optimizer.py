@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
-from fastdp import _kernels, native
+from fastdp import fused, native
 from fastdp.accounting import Ledger
 from fastdp.clipping import GradientSum
 from fastdp.comm import Communicator
@@ -117,8 +117,8 @@ class PrivateOptimizer(Optimizer):
             self.profile.wait()
         self._sum_over_ranks()
         self._mark("reduce")
-        if type(self.inner) is SGD and not self.defaults.get("differentiable"):
-            self._noise_sgd(step)
+        if fused.is_fused(self.inner):
+            self._noise_and_step(step)
         else:
             self._noise_then_inner(step)
 
@@ -197,50 +197,12 @@ class PrivateOptimizer(Optimizer):
                 "coarser products round beyond what clipping leaves room for"
             )
 
-    def _noise_sgd(self, step: int) -> None:
-        """Noise and SGD in one pass over the parameters of each group."""
-        for group in self.param_groups:
-            # The first step of a momentum buffer is another formula: parameters without one go apart.
-            lists: dict[bool, list[tuple[int, int, int, int]]] = {False: [], True: []}
-            for p in group["params"]:
-                s = self._spans.get(p)
-                if s is None:  # frozen
-                    continue
-                address, first = 0, True
-                if group["momentum"] != 0:
-                    buffer = self.state[p].get("momentum_buffer")
-                    first = buffer is None
-                    if buffer is None:
-                        buffer = torch.zeros_like(p, memory_format=torch.contiguous_format)
-                        self.state[p]["momentum_buffer"] = buffer
-                    elif buffer.dtype != p.dtype or buffer.shape != p.shape or not buffer.is_contiguous():
-                        raise ArgumentError(
-                            f"momentum_buffer of {s.name}",
-                            f"{buffer.dtype}{list(buffer.shape)}",
-                            f"contiguous {p.dtype}{list(p.shape)}",
-                        )
-                    address = buffer.data_ptr()
-                lists[first].append((p.data_ptr(), address, s.numel, s.offset))
-            for first, parameters in lists.items():
-                if parameters:
-                    self._noise_sgd_group(step, group, first, parameters)
+    def _noise_and_step(self, step: int) -> None:
+        """Noise and the optimizer's step in one pass over the parameters."""
+        plan, flat, key = self.plan, self.gradient.flat, self._key.tensor()
+        for h, parameters in fused.steps(self.inner, self._spans, plan.noise_std, plan.batch_size):
+            native.noise_step(h, parameters, flat, key, step)
         torch.autograd.graph.increment_version(list(self._spans))
-
-    def _noise_sgd_group(
-        self, step: int, group: dict[str, Any], first: bool, parameters: list[tuple[int, int, int, int]]
-    ) -> None:
-        h = _kernels.SgdStep(
-            std=self.plan.noise_std,
-            scale=1.0 / self.plan.batch_size,
-            lr=float(group["lr"]),
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            first=first,
-        )
-        native.noise_sgd(parameters, self.gradient.flat, self._key.tensor(), step, h)
 
     def _noise_then_inner(self, step: int) -> None:
         for s in self.gradient.spans:

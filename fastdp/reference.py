@@ -65,6 +65,28 @@ def clipped_gradient(gradients: list[list[Tensor]], max_norm: float, like: Itera
     return total
 
 
+def adam_step(
+    theta: Tensor,
+    m: Tensor,
+    v: Tensor,
+    g: Tensor,
+    t: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kingma & Ba 2015 (arXiv:1412.6980), algorithm 1; decoupled: Loshchilov & Hutter 2019 (arXiv:1711.05101)."""
+    if not decoupled:
+        g = g + weight_decay * theta
+    m = betas[0] * m + (1 - betas[0]) * g
+    v = betas[1] * v + (1 - betas[1]) * g.square()
+    m_hat, v_hat = m / (1 - betas[0] ** t), v / (1 - betas[1] ** t)
+    decay = lr * weight_decay * theta if decoupled else 0.0
+    return theta - decay - lr * m_hat / (v_hat.sqrt() + eps), m, v
+
+
 def chacha20_block(key: bytes, counter: int, nonce: bytes) -> bytes:
     """RFC 8439, section 2.3: 32-byte key, 32-bit counter, 12-byte nonce -> 64 bytes."""
 

@@ -113,7 +113,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9, dampening=0.1, weight_decay=0.05),
     "nesterov": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.8, nesterov=True),
     "maximize": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, maximize=True, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.05),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,11 +15,22 @@ comm = fastdp.comm.init(timeout=20.0)
 mine = comm.rank == 1
 
 
-def make(noise_multiplier: float = 1.0, max_grad_norm: float = 1.0, records: int = 40, width: int = 3) -> None:
+class Other(torch.optim.Adam):
+    """The same groups, perhaps another step."""
+
+
+def make(
+    noise_multiplier: float = 1.0,
+    max_grad_norm: float = 1.0,
+    records: int = 40,
+    width: int = 3,
+    optimizer: type[torch.optim.Adam] = torch.optim.Adam,
+    **options: Any,
+) -> None:
     module = nn.Linear(5, width)
     fastdp.PrivacyEngine(seed=1).make_private(
         module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        optimizer=optimizer(module.parameters(), **options),
         data_loader=DataLoader(TensorDataset(torch.ones(records, 5)), batch_size=4),
         noise_multiplier=noise_multiplier,
         max_grad_norm=max_grad_norm,
@@ -26,7 +39,16 @@ def make(noise_multiplier: float = 1.0, max_grad_norm: float = 1.0, records: int
 
 
 make()
-for changed in ({"noise_multiplier": 1.1}, {"max_grad_norm": 2.0}, {"records": 41}, {"width": 4}):
+for changed in (
+    {"noise_multiplier": 1.1},
+    {"max_grad_norm": 2.0},
+    {"records": 41},
+    {"width": 4},
+    {"betas": (0.9, 0.99)},
+    {"eps": 1e-6},
+    {"optimizer": torch.optim.AdamW, "weight_decay": 0.0},
+    {"optimizer": Other},
+):
     with pytest.raises(fastdp.CommError, match="runs another plan, data size, model or optimizer"):
         make(**(changed if mine else {}))
 print(f"done: rank {comm.rank}", flush=True)
