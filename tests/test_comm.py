@@ -58,15 +58,22 @@ def test_a_late_rank_and_an_interrupted_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("signal", "algorithm"),
-    [("SIGKILL", "ring"), ("SIGSTOP", "ring"), ("SIGKILL", "tree"), ("SIGSTOP", "tree"), ("SIGSTOP", "mpi")],
+    ("signal", "collective"),
+    [
+        ("SIGKILL", "all_reduce ring"),
+        ("SIGKILL", "all_reduce tree"),
+        ("SIGSTOP", "all_reduce ring"),
+        ("SIGSTOP", "all_reduce tree"),
+        ("SIGSTOP", "all_reduce mpi"),
+        ("SIGSTOP", "reduce_scatter"),
+        ("SIGSTOP", "all_gather"),
+    ],
 )
-def test_a_rank_that_dies_or_stops_in_the_middle(signal: str, algorithm: str, tmp_path: Path) -> None:
-    if signal == "SIGKILL" and launch.find_mpirun() and launch.is_open_mpi():
+def test_a_rank_that_dies_or_stops_in_the_middle(signal: str, collective: str, tmp_path: Path) -> None:
+    killed = signal == "SIGKILL"
+    if killed and launch.find_mpirun() and launch.is_open_mpi():
         pytest.skip("Open MPI's launcher ends the survivors before they can report")
-    result = launch.start(
-        "stall.py", str(tmp_path), signal, algorithm, ranks=3, timeout=60, cleanup=signal == "SIGSTOP"
-    )
+    result = launch.start("stall.py", str(tmp_path), signal, collective, ranks=3, timeout=60, cleanup=not killed)
     assert files_in(tmp_path, 2) == {"rank 0", "rank 2"}, result.stdout
     assert result.returncode != 0
 

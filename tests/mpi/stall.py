@@ -6,6 +6,7 @@ the survivors by SIGUSR1, which would end them.
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -93,14 +94,16 @@ def interrupted_while_it_moves() -> None:
         expect_failure(c, lambda: c.all_reduce(x), r"rank \d (sent|took) nothing")
 
 
-def cut_off(signal_number: int, algorithm: str) -> None:
-    """Rank 1 stops in the middle of large all-reduces. MPI may notice a death before the timeout."""
+def cut_off(signal_number: int, collective: str) -> None:
+    """Rank 1 stops in the middle of large collectives. MPI may notice a death before the timeout."""
     c = comm.init(timeout=TIMEOUT)
     x = torch.zeros(4_000_000)
+    name, _, algorithm = collective.partition(" ")
+    call = functools.partial(getattr(c, name), x, **({"algorithm": algorithm} if algorithm else {}))
     c.barrier()
     if c.rank == 1:
         threading.Timer(0.3, os.kill, (os.getpid(), signal_number)).start()
-    expect_failure(c, lambda: c.all_reduce(x, algorithm=algorithm), "all_reduce")
+    expect_failure(c, call, name)
 
 
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
