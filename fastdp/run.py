@@ -86,6 +86,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "steps": self.optimizer.steps,
             "steps_trained": self.steps_trained,
             "training_records": len(self.table.train_labels),
         }
@@ -123,9 +124,16 @@ def make_run(options: Options, comm: Communicator, table: data.Table, path: Path
             epochs=options.epochs,
             **common,
         )
+    private, trained = made[1], 0
+    if state is not None:
+        trained = state["steps_trained"]
+        if private.steps < state["steps"]:
+            engine.close()
+            whole = f"a run with its whole {folder.LEDGER}: the checkpoint is of step {state['steps']}"
+            raise ArgumentError("resume", f"{path}, whose ledger holds {private.steps} steps", whole)
     profile = Profile(comm) if options.profile else None
-    made[1].profile = profile
-    return Run(options, comm, table, engine, *made, profile, steps_trained=state["steps_trained"] if state else 0)
+    private.profile = profile
+    return Run(options, comm, table, engine, *made, profile, trained)
 
 
 def _restore(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, table: data.Table, path: Path) -> None:
@@ -159,6 +167,9 @@ def choose_folder(options: Options, comm: Communicator, table: data.Table) -> Pa
     path: Path = comm.bcast_object(options.output or folder.DEFAULT / f"{name}-{now}", 0)
     if comm.rank == 0 and not options.resume:
         folder.check_new(path)
+    elif comm.rank == 0:
+        there = (path / folder.LEDGER).is_file()
+        require(there, "resume", str(path), f"a run with its {folder.LEDGER}: what it spent cannot be told")
     return path
 
 

@@ -87,7 +87,7 @@ def train(run: Run, folder: RunFolder | None) -> dict[str, Any] | None:
                 run.steps_trained += 1
                 schedule.step()
                 progress.advance()
-                if optimizer.asked_to_stop:
+                if optimizer.asked_to_stop and optimizer.steps < run.steps:
                     return None
                 if folder is not None and time.monotonic() - saved_at > options.checkpoint_every:
                     folder.save_checkpoint(optimizer.steps, run.state)
@@ -169,7 +169,8 @@ def run_on_all_ranks(options: Options) -> int:
         made.engine.close()
         return INTERRUPTED if summary is None else status
     except KeyboardInterrupt:
-        return interrupted(comm, "before the first step" if run is None else run.spent)
+        where = "before the first step" if run is None else f"{run.spent}; go on with --resume {path}"
+        return interrupted(comm, where)
     except Exception:
         end_all_ranks(comm)
         raise

@@ -132,6 +132,7 @@ def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
         _, errors = run.communicate(timeout=30)
     assert run.returncode == 130
     assert errors.startswith("fastdp.train: interrupted after 2 steps, which cost epsilon=") and errors.count("\n") == 1
+    assert f"go on with --resume {output}" in errors
 
 
 def test_killed_at_random_moments(tmp_path: Path) -> None:
@@ -179,6 +180,34 @@ def test_without_an_undamaged_checkpoint_nothing_is_spent(
         train.main(["--resume", str(tmp_path / "run")])
     assert "must be a run with an undamaged checkpoint" in capsys.readouterr().err
     assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("ledger_is", ["absent", "another", "damaged"])
+def test_a_run_without_its_ledger_is_not_resumed(
+    ledger_is: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    path = tmp_path / "run" / "ledger.jsonl"
+    if ledger_is == "damaged":
+        path.write_bytes(path.read_bytes()[1:])
+    else:
+        path.unlink()
+    if ledger_is == "another":
+        other = ledger.DurableLedger(path)
+        other.step(1.0, 0.1, 39)
+        other.close()
+    before = sorted((p, p.read_bytes()) for p in (tmp_path / "run").rglob("*.*"))
+    message = {
+        "absent": "must be a run with its ledger.jsonl: what it spent cannot be told",
+        "another": "holds 39 steps': must be a run with its whole ledger.jsonl: the checkpoint is of step 40",
+        "damaged": "must be undamaged: what was spent cannot be told (line 1)",
+    }[ledger_is]
+    mpirun = launch.find_mpirun() or pytest.skip("no mpirun")
+    command = [mpirun, "-n", "2", sys.executable, "-m", "fastdp.train", "--resume", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("fastdp.train: error") == 1
+    assert sorted((p, p.read_bytes()) for p in (tmp_path / "run").rglob("*.*")) == before
 
 
 def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
