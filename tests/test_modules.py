@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
 from fastdp import ArgumentError, PrivacyEngine, PrivacyError, reference
+from fastdp.clipping import GradientSum, Span
+from fastdp.layers import LinearUse
 
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
 WIDTH = 6
@@ -412,3 +415,24 @@ def test_hostile_records_stay_within_the_bound(size: float) -> None:
     optimizer.step()
     norm = module.weight.detach().double().norm().item()
     assert norm <= c and (norm == 0.0 if size != size else norm > 0.99 * c)
+
+
+CANCELLING = {
+    "bias": ([[0.0]] * 8, [[1.5e8], [-1.2e8], [8.7e7], [0.6e7], [-9.9e7], [3.3e7], [-5.9e7], [2000010.0]], 1.0, 1.0),
+    "subnormal": ([[3e38], [-3e38]], [[1.1756e-38], [1.1754e-38]], 1.0, 1e-3),
+    "overflow": ([[1e-38], [-3e-36]], [[3e38], [1e36]], 256.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CANCELLING)
+def test_positions_that_cancel_stay_within_the_bound(name: str) -> None:
+    """P6: sums over positions whose terms are rounded, vanish or overflow one by one."""
+    a, b, scale, c = CANCELLING[name]
+    layer = nn.Linear(1, 1)
+    spans = [Span(key, p, 16 * i, p.shape) for i, (key, p) in enumerate(layer.named_parameters())]
+    total = GradientSum(spans[: 1 + (name == "bias")], c)
+    use = LinearUse("layer", 0, [], layer.weight, layer.bias, torch.tensor([a]), torch.tensor([b]))
+    for _ in range(2):
+        total.fill([use], 1, 1, scale, False)
+        assert total.flat.double().norm() <= c
+        use = dataclasses.replace(use, a=use.a.flip(1), b=use.b.flip(1))
