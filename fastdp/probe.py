@@ -24,7 +24,7 @@ from torch._guards import CompileContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.errors import PrivacyError
-from fastdp.layers import Inert, LinearUse, Recorder
+from fastdp.layers import PLAIN, Inert, LinearUse, Recorder
 from fastdp.persample import Call
 
 # Rows of a matrix product may be rounded differently when another row changes. With half of the records replaced, a
@@ -37,7 +37,6 @@ STRENGTHS = (-0.5, -8.0, -0.5, -8.0)
 PROBED_BATCHES = {1, 10, 100, 1000}
 
 _MEANS_OVER_COUNTED = (F.cross_entropy, F.nll_loss)
-_HARMLESS = (str, bytes, int, float, bool, complex, type(None))
 
 
 class Probe:
@@ -281,7 +280,7 @@ def _plain(x: Tensor) -> Tensor:
 def _check_batch(batch: Any, rows: int) -> None:
     leaves = tree_leaves(batch)
     for x in leaves:
-        if not isinstance(x, (Tensor, *_HARMLESS)):
+        if not isinstance(x, (Tensor, *PLAIN)):
             raise PrivacyError(
                 f"data_loader: a batch with a {type(x).__name__} cannot be probed: use tuples, lists, dicts, tensors"
             )
@@ -298,8 +297,9 @@ def _compare(base: list[LinearUse | Call], other: list[LinearUse | Call], same: 
             has_records = x.dim() > 0 and len(x) == rows
             if not has_records and isinstance(u, LinearUse):
                 continue  # refused by step(), by its shape
-            mine = same if has_records else slice(None)  # what records share must not move at all
-            if x.shape != y.shape or not _close(x[mine], y[mine]):
+            if has_records and x.shape == y.shape:  # what records share must not move at all
+                x, y = x[same], y[same]
+            if x.shape != y.shape or not _close(x, y):
                 raise PrivacyError(
                     f"{u.layer}: its input for a record depends on the other records of the batch, "
                     "so clipping one record's gradient does not bound its influence"
