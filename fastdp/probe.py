@@ -159,6 +159,7 @@ class Tape:
         self.sources: list[tuple[Tensor, Tensor]] = []  # as marked, and its value
         self.calls: list[tuple[Any, Any, Any, Any]] = []  # function, args, kwargs, result
         self.arguments: tuple[Any, Any] = ((), {})  # of the root module's current call
+        self.drew = False  # random numbers were drawn in the last replay
         self.modules: set[Any] = set()  # autograd's nodes of the root module's outputs
 
     def add_source(self, x: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ class Tape:
                     "on the records: keep it a tensor, or take it after backward()"
                 )
             self._check_buffers(buffers, other_buffers)
-        self._check_reduction(loss, gradient, base)
+        self._check_reduction(loss, gradient, base, values)
         self.probe.passed(len(base))
 
     def _check_single(
@@ -227,8 +228,9 @@ class Tape:
             if node in seen:
                 continue
             seen.add(node)
-            if isinstance(node, torch.autograd.function.BackwardCFunction):
-                name = type(node).__name__.removesuffix("Backward")
+            name = type(node).__name__.removesuffix("Backward")
+            # A backward hook of the module itself is replayed with it.
+            if isinstance(node, torch.autograd.function.BackwardCFunction) and name != "BackwardHookFunction":
                 raise PrivacyError(
                     f"loss: the backward of {name} is not torch's and cannot be replayed: call it in the module"
                 )
@@ -242,7 +244,9 @@ class Tape:
         if bool((target == self.probe.ignore_index).any()):
             _refuse_ignored(self.probe.ignore_index)
 
-    def _check_reduction(self, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call]) -> None:
+    def _check_reduction(
+        self, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call], values: list[Any]
+    ) -> None:
         """A mean over half of the records has gradients twice as large, a sum has the same."""
         half = self.rows // 2
         if any(isinstance(u, LinearUse) and u.a.dim() and len(u.a) != self.rows for u in base):
@@ -252,9 +256,11 @@ class Tape:
             return x[:half].clone() if x.dim() and x.shape[0] == self.rows else x
 
         try:
-            smaller, _, _ = self._replay(loss, gradient, keep)
+            smaller, numbers, _ = self._replay(loss, gradient, keep)
         except (RuntimeError, ValueError, IndexError):
             return  # the loop has the batch's size as a constant: this cannot be seen
+        if not self.drew:
+            _compare_half(base, smaller, self.rows, half)
         before = sum(_size(b[:half]) for u in base for b in u.gradients(self.rows))
         after = sum(_size(b) for u in smaller for b in u.gradients(half))
         if before == 0.0 or after == 0.0:
@@ -262,7 +268,8 @@ class Tape:
         is_mean = after / before > (self.rows / half) ** 0.5
         if is_mean != self.probe.loss_is_mean:
             found, said = ("mean", "sum") if is_mean else ("sum", "mean")
-            raise PrivacyError(f"loss_reduction={said!r}: must be {found!r}, which is what the loss does")
+            hidden = " (a division by len() or a shape is not seen: use reduction='mean')" if numbers != values else ""
+            raise PrivacyError(f"loss_reduction={said!r}: must be {found!r}, which is what the loss does{hidden}")
 
     def _replay(
         self, loss: Tensor, gradient: Tensor | None, change: Callable[[Tensor], Tensor]
@@ -271,6 +278,7 @@ class Tape:
         known: dict[int, Any] = {id(marked): change(value).clone() for marked, value in self.sources}
         values: list[Any] = []
         with self.probe.untouched():
+            start = torch.get_rng_state()
             for func, args, kwargs, result in self.calls:
                 args, kwargs = tree_map_only(Tensor, lambda x: known.get(id(x), x), (args, kwargs))
                 for x, y in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
@@ -278,8 +286,9 @@ class Tape:
                         known[id(x)] = y
                     elif isinstance(y, np.ndarray):
                         values.append(y.tobytes())
-                    elif isinstance(y, (int, float, bool, complex)):
+                    elif isinstance(y, (int, float, bool, complex, torch.Size)):
                         values.append(y)
+            self.drew = not torch.equal(torch.get_rng_state(), start)
             again = known.get(id(loss))
             if again is None or not again.requires_grad:
                 raise PrivacyError("loss: it cannot be replayed from the batch; use torch functions on it")
@@ -360,6 +369,20 @@ def _compare(base: list[LinearUse | Call], other: list[LinearUse | Call], same: 
                     "normaliser computed from the data: use reduction='sum' and loss_reduction='sum'; or [B, 1] "
                     "broadcast against [B])"
                 )
+
+
+def _compare_half(base: list[LinearUse | Call], smaller: list[LinearUse | Call], rows: int, half: int) -> None:
+    """A model that divides by the number of records: without half of them, the others' inputs would be far away."""
+    for u, v in zip(base, smaller, strict=False):
+        for x, y in zip(*(tree_leaves(w.a if isinstance(w, LinearUse) else w.arguments) for w in (u, v)), strict=False):
+            if not isinstance(x, Tensor) or not x.is_floating_point() or u.layer != v.layer:
+                continue
+            if x.shape[:1] == (rows,) and y.shape == (half, *x.shape[1:]):
+                x = x[:half]
+                if bool((x - y).abs().max() > 0.05 * x.abs().max()):
+                    raise PrivacyError(
+                        f"{u.layer}: its input for a record depends on the number of records in the batch"
+                    )
 
 
 def _size(x: Tensor) -> float:

@@ -279,6 +279,29 @@ def test_layers_whose_rows_are_not_records_are_refused() -> None:
         run(SequenceFirst(), F.cross_entropy)
 
 
+class ByCount(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 20 * x / len(x)
+
+
+def test_a_model_that_divides_by_the_number_of_records_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="layer '2': its input for a record depends on the number of records"):
+        run(mlp(ByCount()), F.cross_entropy)
+
+
+@pytest.mark.parametrize("count", [len, lambda y: y.shape[0]])
+def test_a_division_by_the_number_of_records_is_explained(count) -> None:
+    with pytest.raises(PrivacyError, match=r"a division by len\(\) or a shape is not seen: use reduction='mean'"):
+        run(mlp(), lambda out, y: F.cross_entropy(out, y, reduction="sum") / count(y))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_a_backward_hook_of_the_module_itself_is_replayed() -> None:
+    module = mlp()
+    module.register_full_backward_hook(lambda m, given, came: None)
+    run(module, F.cross_entropy)
+
+
 class KeepsStatistics(nn.Module):
     def __init__(self, momentum: float = 0.1) -> None:
         super().__init__()
