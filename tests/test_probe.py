@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,8 +104,12 @@ def test_separable_modules_pass(middle: nn.Module) -> None:
 
 def test_the_probe_leaves_buffers_and_random_numbers_alone() -> None:
     middle = Counts()
+    random.seed(7)
+    np.random.seed(7)
+    others = random.getstate(), np.random.get_state()[1].tolist()
     run(mlp(middle), F.cross_entropy, steps=2)
     assert middle.calls.item() == 2
+    assert others == (random.getstate(), np.random.get_state()[1].tolist())
     # Dropout draws the same numbers as without the engine.
     x, y = torch.randn(60, 6), torch.randint(0, 3, (60,))
     states = []
@@ -254,6 +261,24 @@ def test_couplings_that_one_changed_row_may_not_show(loss, seed: int) -> None:
 
 def test_a_mask_that_counts_all_records_passes() -> None:
     run(mlp(), lambda out, y: (F.cross_entropy(out, y, reduction="none") * (y > 0)).mean())
+
+
+@pytest.mark.parametrize("batch", [2, 10, 11])
+def test_later_batches_are_probed_once_in_a_decade(batch: int) -> None:
+    """The loop couples its records in one batch: the tenth is probed again, its neighbours are not."""
+    count = 0
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return F.cross_entropy(out / out.std() if count == batch else out, y)
+
+    x, y = torch.randn(240, 6), torch.randint(0, 3, (240,))
+    if batch == 10:
+        with pytest.raises(PrivacyError, match="depends on the other records"):
+            run(mlp(), loss, x=x, labels=y, steps=12)
+    else:
+        run(mlp(), loss, x=x, labels=y, steps=12)
 
 
 def test_what_the_loop_does_before_the_model_is_probed() -> None:
