@@ -99,20 +99,21 @@ class GradientSum:
     ) -> tuple[Tensor, int]:
         """scale * min(1, C / (scale * norm)) of each record, and how many of them are 0."""
         sq = torch.zeros(rows, dtype=torch.float64)
-        slack: Tensor | None = None
+        margin = _Margin(self.dtype)
         for g in formed.values():
             sq += native.sq_norms(g)
         for p, (a, b) in weights.items():
             native.add_linear_sq_norms(a, b, p in paired, sq)
             if a.dim() == 3:
-                slack = (_lengths(a) * _lengths(b)).sum(1) + (0.0 if slack is None else slack)
+                lengths = _lengths(a)
+                margin.add((lengths.square() + 1.0).sqrt() if p in paired else lengths, b)
         for b in lone.values():
             sq += native.sq_norms(b if b.dim() == 2 else b.sum(1))
             if b.dim() == 3:
-                slack = _lengths(b).sum(1) + (0.0 if slack is None else slack)
-        if slack is not None:
-            sq = (sq.sqrt() + ROUNDING[self.dtype] * slack).square()
-        return native.clip_factors(sq, self.dtype, scale, self._max_grad_norm)
+                margin.add(torch.ones(b.shape[:2], dtype=torch.float64), b)
+        sq = margin.widen(sq, self._max_grad_norm)
+        factors, zeros = native.clip_factors(sq, self.dtype, scale, self._max_grad_norm)
+        return margin.drop(factors, zeros)
 
     def _scaled(self, p: Tensor, b: Tensor, factors: Tensor, sums: Tensor | None, add: bool) -> Tensor:
         """factors * b as a matrix [B T, O], in memory kept from step to step; its column sums into or onto `sums`."""
@@ -131,6 +132,41 @@ class GradientSum:
             native.scale_rows(b, factors, scaled, part)
             sums += part
         return scaled
+
+
+class _Margin:
+    """What a record may gain when the terms of its sums over positions cancel, but for their rounding."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._rounding, self._limits = ROUNDING[dtype], torch.finfo(dtype)
+        self._slack: Tensor | None = None  # of the norm, relative to the factor
+        self._lost: Tensor  # at most, of what is added: products that the kernel makes 0, being subnormal
+        self._peak: Tensor  # the largest output gradient, or more
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """a float64 [B, T], the lengths of what the output gradients b [B, T, O] are multiplied with."""
+        lengths = _lengths(b)
+        slack, peak = (a * lengths).sum(1), lengths.amax(1) if b.shape[1] else lengths.sum(1)
+        lost = self._limits.tiny * b.shape[2] ** 0.5 * a.sum(1)
+        if self._slack is None:
+            self._slack, self._lost, self._peak = slack, lost, peak
+        else:
+            self._slack, self._lost = self._slack + slack, self._lost + lost
+            self._peak = torch.maximum(self._peak, peak)
+
+    def widen(self, sq: Tensor, max_grad_norm: float) -> Tensor:
+        """Squares of norms that leave room for all that, or are infinite."""
+        if self._slack is None or max_grad_norm == 0.0:
+            return sq
+        room = (1.0 - self._lost / max_grad_norm).clamp_min(0.0)
+        return ((sq.sqrt() + self._rounding * self._slack) / room).square()
+
+    def drop(self, factors: Tensor, zeros: int) -> tuple[Tensor, int]:
+        """Factors with 0 where a product may be too large: the kernel drops single positions."""
+        if self._slack is None:
+            return factors, zeros
+        factors = factors.masked_fill(~(factors * self._peak <= self._limits.max), 0.0)
+        return factors, int((factors == 0.0).sum())
 
 
 def _lengths(x: Tensor) -> Tensor:

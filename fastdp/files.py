@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import gzip
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -79,8 +80,9 @@ def read(argument: str, path: Path, schema: Schema) -> tuple[Tensor, Tensor]:
                 except CellError as error:
                     raise error.at(first_row, file.name) from None
                 first_row += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            # A row of another length would be shown whole, with the columns that are not read.
+            reason = re.sub(r"(columns, got \d+):.*", r"\1", " ".join(str(error).split()))
             raise ArgumentError(argument, str(file), f"a {kind_of(file)} file that can be read ({reason})") from error
     require(sum(len(labels) for _, labels in parts) > 0, argument, str(path), "a table with at least one row")
     features, labels = zip(*parts, strict=True)

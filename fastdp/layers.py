@@ -22,6 +22,9 @@ from fastdp.errors import ArgumentError, PrivacyError
 from fastdp.persample import Call, Unit, Use
 from fastdp.rules import Slot, is_linear, owners
 
+# What a module may return beside tensors.
+PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
+
 
 @dataclasses.dataclass(eq=False)
 class LinearUse(Use):
@@ -142,6 +145,9 @@ class LinearHooks(Hooks):
 
     def watch(self, args: Any, kwargs: Any, output: Any) -> Tensor:
         a = (args[0] if args else kwargs["input"]).detach()
+        # For [B, T, I] the output is a view, and an in-place function that follows would take the graph past the hook.
+        # Nobody else has the tensor that it is a view of, and no backward needs it.
+        output = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
         y = self.attached(output)
         recorder, m = self.recorder, self.module
         use = functools.partial(LinearUse, self.name, recorder.batch, [(a, a._version)], m.weight, m.bias, a)
@@ -160,10 +166,19 @@ class ModuleHooks(Hooks):
         args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         leaves, spec = tree_flatten(output)
+        for y in leaves:
+            if not isinstance(y, (Tensor, *PLAIN)) or (isinstance(y, Tensor) and y.is_complex()):
+                kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+                raise PrivacyError(
+                    f"{self.name}: {type(self.module).__name__} returns a {kind}, through which gradients cannot be "
+                    "seen: return real tensors, in tuples, lists or dicts"
+                )
         places = [i for i, y in enumerate(leaves) if isinstance(y, Tensor) and y.is_floating_point()]
         for i in places:
             # Where one output is made of another, or is an input, its gradient would be counted twice: a node each.
-            shared = len(places) > 1 or any(leaves[i].data_ptr() == x.data_ptr() for x in inputs)
+            # And where it is a view, an in-place function that follows would take the graph past the hook.
+            shared = len(places) > 1 or leaves[i]._is_view()
+            shared = shared or any(leaves[i].data_ptr() == x.data_ptr() for x in inputs)
             leaves[i] = self.attached(leaves[i].clone() if shared else leaves[i])
         watched = [leaves[i] for i in places]
         if not watched:

@@ -111,6 +111,11 @@ class Unit:
         out_dims = self.output_dims(call.outputs, rows)
         if all(dim is None for dim in in_dims):
             raise PrivacyError(f"{self.layer}: no input has a dimension of the batch's {rows} records")
+        for y in call.outputs:
+            if y.dtype not in TOLERANCE:
+                raise PrivacyError(
+                    f"{self.layer}: output {y.dtype}: must be float32 or float64 (no autocast in this version)"
+                )
         b = [torch.zeros_like(y) if g is None else g for y, g in zip(call.outputs, call.b, strict=True)]
         parameters = [p.detach() for _, _, p in self._slots]
 
@@ -171,7 +176,7 @@ class Unit:
                     f"{' '.join(str(error).split())[:120]}"
                 ) from error
         gradients, outputs = zip(*results, strict=True)
-        return [torch.stack(x) for x in zip(*gradients, strict=True)], [
+        return [_dense(torch.stack(x)) for x in zip(*gradients, strict=True)], [
             torch.stack(x) for x in zip(*outputs, strict=True)
         ]
 
@@ -200,7 +205,7 @@ class Unit:
         sums: list[Tensor | None] = [None] * len(parameters)
         if used:
             ys, gs = zip(*used, strict=True)
-            sums = list(torch.autograd.grad(ys, parameters, gs, allow_unused=True))
+            sums = [g if g is None else _dense(g) for g in torch.autograd.grad(ys, parameters, gs, allow_unused=True)]
         seen: set[Tensor] = set()
         for p, whole in zip(parameters, sums, strict=True):
             parts = [g for q, g in zip(parameters, gradients, strict=True) if q is p]
@@ -228,6 +233,10 @@ class Unit:
 
 def _floating(output: Any) -> list[Tensor]:
     return [y for y in tree_leaves(output) if isinstance(y, Tensor) and y.is_floating_point()]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.to_dense() if x.is_sparse else x
 
 
 def _first(x: Tensor, dim: int | None) -> Tensor:

@@ -5,12 +5,16 @@ its records replaced by synthetic ones, several times: what each layer sees of t
 output, must not move. Everything that the training loop did to the batch is replayed for that, from a tape of the torch
 functions that were called on it, the model included.
 
-What this does not see: a `collate_fn` that mixes records before the loop gets them, and code that couples records only
-in batches other than the probed ones (the first, and one in each decade of steps).
+A single record is run again as another one: buffers must not follow, and nothing may be left of it afterwards.
+
+What this does not see: a `collate_fn` that mixes records before the loop gets them, code that couples records only in
+batches other than the probed ones (the first, and one in each decade of steps), and tensors that the loop copies behind
+the back of torch's function calls (`torch.tensor(x)`, `x.as_subclass(Tensor)`, `torch.from_dlpack(x)`, `w.data = x`).
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +28,7 @@ from torch._guards import CompileContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.errors import PrivacyError
-from fastdp.layers import Inert, LinearUse, Recorder
+from fastdp.layers import PLAIN, Inert, LinearUse, Recorder
 from fastdp.persample import Call
 
 # Rows of a matrix product may be rounded differently when another row changes. With half of the records replaced, a
@@ -37,7 +41,6 @@ STRENGTHS = (-0.5, -8.0, -0.5, -8.0)
 PROBED_BATCHES = {1, 10, 100, 1000}
 
 _MEANS_OVER_COUNTED = (F.cross_entropy, F.nll_loss)
-_HARMLESS = (str, bytes, int, float, bool, complex, type(None))
 
 
 class Probe:
@@ -49,8 +52,8 @@ class Probe:
     def __init__(self, root: nn.Module, recorder: Recorder, loss_is_mean: bool) -> None:
         self.root, self.recorder, self.loss_is_mean = root, recorder, loss_is_mean
         self.ignore_index: int | None = None  # a label that would leave its record out of the loss's mean
-        self._batches = 0  # with two records or more
-        self._modes: set[bool] = set()  # root.training, where checked
+        self._batches = {True: 0, False: 0}  # of a single record, of more
+        self._modes: set[tuple[bool, bool]] = set()  # where checked: root.training, and whether on a single record
         self._rows = 0
         self._needed = False  # in this step
         self._expected: int | None = None  # uses of layers that this step's probe saw
@@ -72,15 +75,19 @@ class Probe:
                     _refuse_ignored(self.ignore_index)
         self._tape = None
         self._needed, self._expected, self._rows = False, None, rows
-        if rows < 2:
+        if rows < 1:
             return batch
-        self._batches += 1
-        self._needed = self._batches in PROBED_BATCHES or self.root.training not in self._modes
+        self._batches[rows == 1] += 1
+        self._needed = self._batches[rows == 1] in PROBED_BATCHES or self._mode not in self._modes
         if not self._needed:
             return batch
         self._tape = tape = Tape(self, rows)
         _check_batch(batch, rows)
         return tree_map_only(Tensor, tape.add_source, batch)
+
+    @property
+    def _mode(self) -> tuple[bool, bool]:
+        return self.root.training, self._rows == 1
 
     def check_step(self) -> None:
         """Called by step(): what was to be probed in this step was, and the layers were used as the probe saw."""
@@ -92,11 +99,11 @@ class Probe:
             )
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if module is not self.root or not torch.is_grad_enabled() or self._rows < 2:
+        if module is not self.root or not torch.is_grad_enabled() or self._rows < 1:
             return None
         if self._tape is None:
             # Training and evaluation mode are two models.
-            self._needed = self._needed or (self.root.training not in self._modes and self._expected is None)
+            self._needed = self._needed or (self._mode not in self._modes and self._expected is None)
             return None
         self._tape.arguments = (args, kwargs)
         return tree_map_only(Tensor, _plain, (args, kwargs))
@@ -105,12 +112,14 @@ class Probe:
         tape = self._tape
         if module is not self.root or tape is None or output is None or not torch.is_grad_enabled():
             return None
+        given = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor)]
         output = tree_map_only(Tensor, lambda x: _mark(x, tape), output)
+        tape.modules.update(given, (x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor)))
         tape.calls.append((self.root, *tape.arguments, output))
         return output
 
     def passed(self, uses: int) -> None:
-        self._modes.add(self.root.training)
+        self._modes.add(self._mode)
         self._needed, self._expected = False, uses
         self._tape = None
 
@@ -150,6 +159,8 @@ class Tape:
         self.sources: list[tuple[Tensor, Tensor]] = []  # as marked, and its value
         self.calls: list[tuple[Any, Any, Any, Any]] = []  # function, args, kwargs, result
         self.arguments: tuple[Any, Any] = ((), {})  # of the root module's current call
+        self.drew = False  # random numbers were drawn in the last replay
+        self.modules: set[Any] = set()  # autograd's nodes of the root module's outputs
 
     def add_source(self, x: Tensor) -> Tensor:
         marked = _mark(x, self)
@@ -163,10 +174,15 @@ class Tape:
         for func, args, kwargs, _ in self.calls:
             if func in _MEANS_OVER_COUNTED and kwargs.get("reduction", "mean") == "mean":
                 self._check_counted_mean(args, kwargs)
+        self._check_functions(loss)
         base, values, buffers = self._replay(loss, gradient, lambda x: x)
         if not base:
             return
         rows = self.rows
+        if rows == 1:
+            self._check_single(loss, gradient, base, buffers)
+            self.probe.passed(len(base))
+            return
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
         first, some = torch.arange(rows) < rows // 2, order < rows // 2
         halves = (first, ~first, some, ~some)
@@ -182,11 +198,43 @@ class Tape:
                     "loss: a number was taken out of torch before backward() (.item(), float(), .numpy()) and depends "
                     "on the records: keep it a tensor, or take it after backward()"
                 )
-            for name, was, now in zip(dict(self.probe.root.named_buffers()), buffers, other_buffers, strict=True):
-                if not _close(was, now):
-                    raise PrivacyError(f"module: buffer {name} is computed from the records and would leave un-noised")
-        self._check_reduction(loss, gradient, base)
+            self._check_buffers(buffers, other_buffers)
+        self._check_reduction(loss, gradient, base, values)
         self.probe.passed(len(base))
+
+    def _check_single(
+        self, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call], buffers: list[Tensor]
+    ) -> None:
+        one = torch.ones(1, dtype=torch.bool)
+        for strength in sorted(set(STRENGTHS)):
+            change = functools.partial(replace_rows, changed=one, strength=strength)
+            _, _, other = self._replay(loss, gradient, change)
+            self._check_buffers(buffers, other)
+        again, _, _ = self._replay(loss, gradient, lambda x: x)
+        _compare(base, again, one)
+
+    def _check_buffers(self, buffers: list[Tensor], others: list[Tensor]) -> None:
+        """Not a bit of them may follow the records: running statistics with a small momentum move by little."""
+        for name, was, now in zip(dict(self.probe.root.named_buffers()), buffers, others, strict=True):
+            if not bool(((was == now) | (was.isnan() & now.isnan())).all()):
+                raise PrivacyError(f"module: buffer {name} is computed from the records and would leave un-noised")
+
+    def _check_functions(self, loss: Tensor) -> None:
+        """What the loop does after the model is replayed function by function; a Function's own backward is not."""
+        found: list[Any] = [loss.grad_fn]
+        seen = {None, *self.modules}
+        while found:
+            node = found.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            name = type(node).__name__.removesuffix("Backward")
+            # A backward hook of the module itself is replayed with it.
+            if isinstance(node, torch.autograd.function.BackwardCFunction) and name != "BackwardHookFunction":
+                raise PrivacyError(
+                    f"loss: the backward of {name} is not torch's and cannot be replayed: call it in the module"
+                )
+            found.extend(next_node for next_node, _ in node.next_functions)
 
     def _check_counted_mean(self, args: Any, kwargs: Any) -> None:
         target = args[1] if len(args) > 1 else kwargs["target"]
@@ -196,7 +244,9 @@ class Tape:
         if bool((target == self.probe.ignore_index).any()):
             _refuse_ignored(self.probe.ignore_index)
 
-    def _check_reduction(self, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call]) -> None:
+    def _check_reduction(
+        self, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call], values: list[Any]
+    ) -> None:
         """A mean over half of the records has gradients twice as large, a sum has the same."""
         half = self.rows // 2
         if any(isinstance(u, LinearUse) and u.a.dim() and len(u.a) != self.rows for u in base):
@@ -206,9 +256,11 @@ class Tape:
             return x[:half].clone() if x.dim() and x.shape[0] == self.rows else x
 
         try:
-            smaller, _, _ = self._replay(loss, gradient, keep)
+            smaller, numbers, _ = self._replay(loss, gradient, keep)
         except (RuntimeError, ValueError, IndexError):
             return  # the loop has the batch's size as a constant: this cannot be seen
+        if not self.drew:
+            _compare_half(base, smaller, self.rows, half)
         before = sum(_size(b[:half]) for u in base for b in u.gradients(self.rows))
         after = sum(_size(b) for u in smaller for b in u.gradients(half))
         if before == 0.0 or after == 0.0:
@@ -216,7 +268,8 @@ class Tape:
         is_mean = after / before > (self.rows / half) ** 0.5
         if is_mean != self.probe.loss_is_mean:
             found, said = ("mean", "sum") if is_mean else ("sum", "mean")
-            raise PrivacyError(f"loss_reduction={said!r}: must be {found!r}, which is what the loss does")
+            hidden = " (a division by len() or a shape is not seen: use reduction='mean')" if numbers != values else ""
+            raise PrivacyError(f"loss_reduction={said!r}: must be {found!r}, which is what the loss does{hidden}")
 
     def _replay(
         self, loss: Tensor, gradient: Tensor | None, change: Callable[[Tensor], Tensor]
@@ -225,6 +278,7 @@ class Tape:
         known: dict[int, Any] = {id(marked): change(value).clone() for marked, value in self.sources}
         values: list[Any] = []
         with self.probe.untouched():
+            start = torch.get_rng_state()
             for func, args, kwargs, result in self.calls:
                 args, kwargs = tree_map_only(Tensor, lambda x: known.get(id(x), x), (args, kwargs))
                 for x, y in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
@@ -232,11 +286,13 @@ class Tape:
                         known[id(x)] = y
                     elif isinstance(y, np.ndarray):
                         values.append(y.tobytes())
-                    elif isinstance(y, (int, float, bool, complex)):
+                    elif isinstance(y, (int, float, bool, complex, torch.Size)):
                         values.append(y)
+            self.drew = not torch.equal(torch.get_rng_state(), start)
             again = known.get(id(loss))
             if again is None or not again.requires_grad:
                 raise PrivacyError("loss: it cannot be replayed from the batch; use torch functions on it")
+            gradient = known.get(id(gradient), gradient)
             # Parts of the loss that are not made of the batch, a penalty say, belong to one graph of all replays.
             torch.autograd.backward(again, gradient, retain_graph=True)
             buffers = [b.clone() for b in self.probe.root.buffers()]
@@ -281,7 +337,7 @@ def _plain(x: Tensor) -> Tensor:
 def _check_batch(batch: Any, rows: int) -> None:
     leaves = tree_leaves(batch)
     for x in leaves:
-        if not isinstance(x, (Tensor, *_HARMLESS)):
+        if not isinstance(x, (Tensor, *PLAIN)):
             raise PrivacyError(
                 f"data_loader: a batch with a {type(x).__name__} cannot be probed: use tuples, lists, dicts, tensors"
             )
@@ -298,8 +354,9 @@ def _compare(base: list[LinearUse | Call], other: list[LinearUse | Call], same: 
             has_records = x.dim() > 0 and len(x) == rows
             if not has_records and isinstance(u, LinearUse):
                 continue  # refused by step(), by its shape
-            mine = same if has_records else slice(None)  # what records share must not move at all
-            if x.shape != y.shape or not _close(x[mine], y[mine]):
+            if has_records and x.shape == y.shape:  # what records share must not move at all
+                x, y = x[same], y[same]
+            if x.shape != y.shape or not _close(x, y):
                 raise PrivacyError(
                     f"{u.layer}: its input for a record depends on the other records of the batch, "
                     "so clipping one record's gradient does not bound its influence"
@@ -312,6 +369,20 @@ def _compare(base: list[LinearUse | Call], other: list[LinearUse | Call], same: 
                     "normaliser computed from the data: use reduction='sum' and loss_reduction='sum'; or [B, 1] "
                     "broadcast against [B])"
                 )
+
+
+def _compare_half(base: list[LinearUse | Call], smaller: list[LinearUse | Call], rows: int, half: int) -> None:
+    """A model that divides by the number of records: without half of them, the others' inputs would be far away."""
+    for u, v in zip(base, smaller, strict=False):
+        for x, y in zip(*(tree_leaves(w.a if isinstance(w, LinearUse) else w.arguments) for w in (u, v)), strict=False):
+            if not isinstance(x, Tensor) or not x.is_floating_point() or u.layer != v.layer:
+                continue
+            if x.shape[:1] == (rows,) and y.shape == (half, *x.shape[1:]):
+                x = x[:half]
+                if bool((x - y).abs().max() > 0.05 * x.abs().max()):
+                    raise PrivacyError(
+                        f"{u.layer}: its input for a record depends on the number of records in the batch"
+                    )
 
 
 def _size(x: Tensor) -> float:
@@ -344,11 +415,14 @@ def _close(x: Tensor, y: Tensor) -> bool:
     if not x.is_floating_point():
         return bool((x == y).all())
     finite = x.isfinite()
-    if not torch.equal(finite, y.isfinite()):
-        return False
-    x, y = x[finite], y[finite]  # hostile records are dropped later; here they only must not spread
-    scale = x.abs().max().item() if x.numel() else 0.0
-    return bool(((x - y).abs() <= TOLERANCE * scale).all())
+    if x.numel() == 0 or not torch.equal(finite, y.isfinite()):
+        return x.numel() == 0
+    # Hostile records are dropped later; here they only must not spread.
+    sizes, differences = x.abs().masked_fill(~finite, 0.0), (x - y).abs().masked_fill(~finite, 0.0)
+    # Each column by itself, so that a large one does not hide the others; to rounding of the largest.
+    columns = sizes.amax(0) if x.dim() else sizes
+    limits = TOLERANCE * columns + 8 * torch.finfo(x.dtype).eps * sizes.max()
+    return bool((differences <= limits).all())
 
 
 def _refuse_ignored(index: int) -> None:

@@ -131,13 +131,14 @@ def _parse_column(fields: Mapping[str, Any], layout: Layout) -> Column:
 
 def _parse_number(name: str, kind: Any, fields: Mapping[str, Any]) -> Column:
     bounds, scale, bins = fields.get("bounds"), fields.get("scale", "linear"), fields.get("bins", [])
-    ordered = isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds)) and bounds[0] < bounds[1]
+    pair = isinstance(bounds, list) and len(bounds) == 2 and all(map(_is_number, bounds))
+    ordered = pair and bounds is not None and float(bounds[0]) < float(bounds[1])  # two integers may be one float
     require(ordered, f"{name}.bounds", bounds, "[low, high], finite, low < high")
     assert bounds is not None
     scales = ("linear", "log", "none") if kind == "number" else ("linear", "log")
     require(scale in scales, f"{name}.scale", scale, " or ".join((", ".join(map(repr, scales[:-1])), repr(scales[-1]))))
     inside = isinstance(bins, list) and all(map(_is_number, bins))
-    inside = inside and all(a < b for a, b in itertools.pairwise([bounds[0], *bins, bounds[1]]))
+    inside = inside and all(float(a) < float(b) for a, b in itertools.pairwise([bounds[0], *bins, bounds[1]]))
     require(inside, f"{name}.bins", bins, f"increasing and strictly inside {bounds}")
     missing = fields.get("missing")
     good = missing in (None, "indicator") or (_is_number(missing) and bounds[0] <= missing <= bounds[1])

@@ -59,10 +59,13 @@ def check(table: Table) -> None:
     regression = table.task == "regression"
     require(table.num_classes != 1, "class_names", table.class_names, "two or more; none for regression")
     kind = torch.float32 if regression else torch.int64
-    width = table.train_features.shape[1:]
     for split in ("train", "test"):
         features, labels = getattr(table, f"{split}_features"), getattr(table, f"{split}_labels")
-        rows = features.shape[0] if features.ndim else 0
+        for name, x in (("features", features), ("labels", labels)):
+            plain = isinstance(x, Tensor) and x.layout is torch.strided and x.is_cpu and not x.requires_grad
+            bound = "a dense tensor on the CPU that requires no gradient"
+            require(plain, f"{split}_{name}", type(x).__name__, bound)
+        rows, width = features.shape[0] if features.ndim >= 2 else 0, table.train_features.shape[1:]
         require(
             rows >= 1 and features.numel() > 0, f"{split}_features.shape", tuple(features.shape), "[rows >= 1, D >= 1]"
         )
@@ -70,6 +73,8 @@ def check(table: Table) -> None:
             features.shape[1:] == width, f"{split}_features.shape", tuple(features.shape), f"[rows, *{tuple(width)}]"
         )
         require(features.dtype is torch.float32, f"{split}_features.dtype", features.dtype, "torch.float32")
+        names, count = table.feature_names, features[0].numel()
+        require(len(names) in (0, count), "feature_names", f"{len(names)} names", f"none, or {count}")
         require(labels.shape == (rows,), f"{split}_labels.shape", tuple(labels.shape), f"({rows},), one per record")
         require(labels.dtype is kind, f"{split}_labels.dtype", labels.dtype, f"{kind} for {table.task}")
         check_finite(features.flatten(1), table.feature_names or None)

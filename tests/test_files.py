@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import math
 import os
@@ -188,6 +189,21 @@ def test_bad_rows_are_named(rows: str, message: str, tmp_path: Path) -> None:
         read(csv(tmp_path, rows))
     assert str(error.value).replace(f"{tmp_path}/", "*").startswith(message)
     assert "\n" not in str(error.value)
+
+
+def test_a_row_of_another_length_is_not_shown(tmp_path: Path) -> None:
+    """Its columns that are not read are nobody's business (P12)."""
+    for row in ("1,2,?,secret\n", '1,2,?,"secret,1\n' + GOOD):
+        with pytest.raises(ArgumentError, match=r"Row #3: Expected 5 columns, got \d") as error:
+            read(csv(tmp_path, GOOD + row))
+        assert "secret" not in str(error.value)
+
+
+def test_a_header_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    path = csv(tmp_path, GOOD)
+    path.write_bytes(path.read_bytes().replace(b"zip", b"\xe9"))
+    with pytest.raises(ArgumentError, match="csv file that can be read"):
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -389,6 +405,11 @@ def test_tables_that_cannot_be_trained_on() -> None:
         (table_of(x, y.float()), "train_labels.dtype=torch.float32: must be torch.int64 for multi-class"),
         (table_of(x, y[:3]), "train_labels.shape=(3,): must be (4,), one per record"),
         (table_of(x[:0], y[:0]), "train_features.shape=(0, 2): must be [rows >= 1, D >= 1]"),
+        (table_of(x[:, 0], y), "train_features.shape=(4,): must be [rows >= 1, D >= 1]"),
+        (table_of(x.tolist(), y), "train_features='list': must be a dense tensor"),
+        (table_of(x.to_sparse(), y), "train_features='Tensor': must be a dense tensor"),
+        (table_of(x.clone().requires_grad_(), y), "train_features='Tensor': must be a dense tensor"),
+        (dataclasses.replace(table_of(nan, y), feature_names=("a",)), "feature_names='1 names': must be none, or 2"),
         (table_of(x, y, ("a",)), "class_names=('a',): must be two or more"),
     ):
         with pytest.raises(ArgumentError) as error:

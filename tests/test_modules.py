@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
 from fastdp import ArgumentError, PrivacyEngine, PrivacyError, reference
+from fastdp.clipping import GradientSum, Span
+from fastdp.layers import LinearUse
 
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
 WIDTH = 6
@@ -134,6 +137,28 @@ class InPlace(nn.Module):
         return self.layers(x)
 
 
+class Returns(nn.Module):
+    """Multiplies by a parameter, and returns what is made of that."""
+
+    def __init__(self, what: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.weight, self.what = nn.Parameter(torch.randn(WIDTH)), what
+
+    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Any:
+        return self.what(x * self.weight * scale)
+
+
+class Sparse(nn.Module):
+    """A table of its own, whose gradient is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.embedding(ids(1)(x)[:, 0], self.weight, sparse=True)
+
+
 def encoder(**kwargs: Any) -> nn.Module:
     # Of width 4: the norm of two numbers is a sign, all of whose gradient is rounding.
     return nn.TransformerEncoderLayer(4, 2, dim_feedforward=4, dropout=0.0, **kwargs)
@@ -141,6 +166,8 @@ def encoder(**kwargs: Any) -> nn.Module:
 
 EXACT: dict[str, Callable[[], nn.Module]] = {
     "Linear": lambda: nn.Linear(WIDTH, WIDTH),
+    "Linear_sequence_in_place": lambda: Block(nn.Linear(2, 2), grid(3, 2), lambda y: F.relu_(y)),
+    "Linear_slice_in_place": lambda: Block(nn.Linear(2, 2), grid(3, 2), lambda y: y[:, 0].mul_(2) + y.sum(1)),
     "Subclass": lambda: Subclass(WIDTH, WIDTH),
     "Conv1d": lambda: Block(nn.Conv1d(2, 3, 2, stride=2, padding=1), grid(2, 3)),
     "Conv1d_circular": lambda: Block(nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular", groups=2), grid(2, 3)),
@@ -185,6 +212,9 @@ EXACT: dict[str, Callable[[], nn.Module]] = {
     "Tied": lambda: Block(Tied(), lambda x: x),
     "Outputs": lambda: Block(Outputs(), lambda x: x, lambda y: y["first"] + y["second"] * y["input"]),
     "Recursive": Recursive,
+    "View_in_place": lambda: Block(Returns(lambda y: y[:, 1:4]), lambda x: x, lambda y: torch.sin_(y)),
+    "Scalar_tensor": lambda: Block(Returns(lambda y: y), lambda x: (x, torch.tensor(2.0, dtype=x.dtype))),
+    "Sparse": Sparse,
     "InPlace": lambda: Block(InPlace(), grid(1, 6)),
 }
 
@@ -268,6 +298,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "Hoarder": (Hoarder, r"layer '0'.*Hoarder.*do not add up"),
     "Mixing": (Mixing, r"layer '0'.*Mixing"),
     "Borrowed": (lambda: Block(Borrowed(), lambda x: x), r"0\.layer\.embed\.weight: autograd"),
+    "complex": (
+        lambda: Block(Returns(torch.fft.fft), lambda x: x, lambda y: y.abs()),
+        "Returns returns a torch.complex",
+    ),
+    "object": (lambda: Block(Returns(lambda y: [y].__iter__()), lambda x: x, lambda y: next(y)), "returns a list_iter"),
+    "bfloat16": (
+        lambda: Block(Returns(lambda y: y.bfloat16()), lambda x: x, lambda y: y.to(torch.float32)),
+        "no autocast",
+    ),
     "time first Linear": (lambda: Block(nn.Linear(2, 2), time_first, lambda y: y.transpose(0, 1)), r"layer '0\.layer'"),
     "offsets": (
         lambda: Block(nn.EmbeddingBag(7, WIDTH), lambda x: (ids(2)(x).flatten(), torch.arange(len(x)) * 2)),
@@ -412,3 +451,24 @@ def test_hostile_records_stay_within_the_bound(size: float) -> None:
     optimizer.step()
     norm = module.weight.detach().double().norm().item()
     assert norm <= c and (norm == 0.0 if size != size else norm > 0.99 * c)
+
+
+CANCELLING = {
+    "bias": ([[0.0]] * 8, [[1.5e8], [-1.2e8], [8.7e7], [0.6e7], [-9.9e7], [3.3e7], [-5.9e7], [2000010.0]], 1.0, 1.0),
+    "subnormal": ([[3e38], [-3e38]], [[1.1756e-38], [1.1754e-38]], 1.0, 1e-3),
+    "overflow": ([[1e-38], [-3e-36]], [[3e38], [1e36]], 256.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CANCELLING)
+def test_positions_that_cancel_stay_within_the_bound(name: str) -> None:
+    """P6: sums over positions whose terms are rounded, vanish or overflow one by one."""
+    a, b, scale, c = CANCELLING[name]
+    layer = nn.Linear(1, 1)
+    spans = [Span(key, p, 16 * i, p.shape) for i, (key, p) in enumerate(layer.named_parameters())]
+    total = GradientSum(spans[: 1 + (name == "bias")], c)
+    use = LinearUse("layer", 0, [], layer.weight, layer.bias, torch.tensor([a]), torch.tensor([b]))
+    for _ in range(2):
+        total.fill([use], 1, 1, scale, False)
+        assert total.flat.double().norm() <= c
+        use = dataclasses.replace(use, a=use.a.flip(1), b=use.b.flip(1))

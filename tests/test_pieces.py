@@ -69,6 +69,8 @@ def test_steps_do_not_depend_on_pieces(piece: int, dataset: Dataset | None) -> N
     sizes = run(*pieces)
     assert sum(sizes) == sum(rows) and max(sizes) <= piece < max(rows)
     assert whole[1].steps == pieces[1].steps == 10
+    spent = [optimizer.ledger.epsilon_of_sampler(1e-5, 1) for _, optimizer, _ in (whole, pieces)]
+    assert spent[0] == spent[1] > 0
     for p, q in zip(whole[0].parameters(), pieces[0].parameters(), strict=True):
         assert (p - q).abs().max() <= 1e-10 * q.abs().max()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,9 @@ def run(
     loss,
     steps: int = 2,
     labels: Tensor | None = None,
+    batch_size: int = 20,
+    poisson_sampling: bool = True,
+    weights=lambda y: None,
     x: Tensor | None = None,
     loss_reduction: str = "mean",
     prepare=lambda x: x,
@@ -26,14 +32,15 @@ def run(
     module, optimizer, loader = PrivacyEngine(seed=1).make_private(
         module=module,
         optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(x, labels), batch_size=20, **loader_kwargs),
+        data_loader=DataLoader(TensorDataset(x, labels), batch_size=batch_size, **loader_kwargs),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
         loss_reduction=loss_reduction,
+        poisson_sampling=poisson_sampling,
     )
     for _, (x, y) in zip(range(steps), loader, strict=False):
         optimizer.zero_grad()
-        loss(module(prepare(x)), y).backward()
+        loss(module(prepare(x)), y).backward(weights(y))
         optimizer.step()
 
 
@@ -97,8 +104,12 @@ def test_separable_modules_pass(middle: nn.Module) -> None:
 
 def test_the_probe_leaves_buffers_and_random_numbers_alone() -> None:
     middle = Counts()
+    random.seed(7)
+    np.random.seed(7)
+    others = random.getstate(), np.random.get_state()[1].tolist()
     run(mlp(middle), F.cross_entropy, steps=2)
     assert middle.calls.item() == 2
+    assert others == (random.getstate(), np.random.get_state()[1].tolist())
     # Dropout draws the same numbers as without the engine.
     x, y = torch.randn(60, 6), torch.randint(0, 3, (60,))
     states = []
@@ -252,6 +263,24 @@ def test_a_mask_that_counts_all_records_passes() -> None:
     run(mlp(), lambda out, y: (F.cross_entropy(out, y, reduction="none") * (y > 0)).mean())
 
 
+@pytest.mark.parametrize("batch", [2, 10, 11])
+def test_later_batches_are_probed_once_in_a_decade(batch: int) -> None:
+    """The loop couples its records in one batch: the tenth is probed again, its neighbours are not."""
+    count = 0
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return F.cross_entropy(out / out.std() if count == batch else out, y)
+
+    x, y = torch.randn(240, 6), torch.randint(0, 3, (240,))
+    if batch == 10:
+        with pytest.raises(PrivacyError, match="depends on the other records"):
+            run(mlp(), loss, x=x, labels=y, steps=12)
+    else:
+        run(mlp(), loss, x=x, labels=y, steps=12)
+
+
 def test_what_the_loop_does_before_the_model_is_probed() -> None:
     with pytest.raises(PrivacyError, match="layer '0': its input for a record depends"):
         run(mlp(), F.cross_entropy, prepare=lambda x: (x - x.mean(0)) / x.std(0))
@@ -275,21 +304,106 @@ def test_layers_whose_rows_are_not_records_are_refused() -> None:
         run(SequenceFirst(), F.cross_entropy)
 
 
+class ByCount(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 20 * x / len(x)
+
+
+def test_a_model_that_divides_by_the_number_of_records_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="layer '2': its input for a record depends on the number of records"):
+        run(mlp(ByCount()), F.cross_entropy)
+
+
+@pytest.mark.parametrize("count", [len, lambda y: y.shape[0]])
+def test_a_division_by_the_number_of_records_is_explained(count) -> None:
+    with pytest.raises(PrivacyError, match=r"a division by len\(\) or a shape is not seen: use reduction='mean'"):
+        run(mlp(), lambda out, y: F.cross_entropy(out, y, reduction="sum") / count(y))
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_a_backward_hook_of_the_module_itself_is_replayed() -> None:
+    module = mlp()
+    module.register_full_backward_hook(lambda m, given, came: None)
+    run(module, F.cross_entropy)
+
+
 class KeepsStatistics(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, momentum: float = 0.1) -> None:
         super().__init__()
+        self.momentum = momentum
         self.layer = nn.Linear(6, 3)
-        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("mean", torch.ones(6))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+            self.mean.mul_(1 - self.momentum).add_(self.momentum * x.detach().mean(0))
         return self.layer(x)
 
 
-def test_buffers_computed_from_records_are_refused() -> None:
+@pytest.mark.parametrize("batch_size", [20, 1])
+@pytest.mark.parametrize("momentum", [0.1, 1e-6])
+def test_buffers_computed_from_records_are_refused(momentum: float, batch_size: int) -> None:
     with pytest.raises(PrivacyError, match="buffer mean is computed from the records"):
-        run(KeepsStatistics(), F.cross_entropy)
+        run(KeepsStatistics(momentum), F.cross_entropy, batch_size=batch_size, poisson_sampling=False)
+
+
+class Remembers(nn.Module):
+    """Hands something of a record to the next one."""
+
+    last: Tensor | float = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.last
+        self.last = x.detach().mean(0)
+        return x
+
+
+def test_records_that_come_one_by_one_are_probed() -> None:
+    with pytest.raises(PrivacyError, match="layer '2': its input for a record depends"):
+        run(mlp(Remembers()), F.cross_entropy, batch_size=1, poisson_sampling=False)
+    run(mlp(nn.Dropout(0.5)), F.cross_entropy, batch_size=1, poisson_sampling=False)
+
+
+def test_weights_given_to_backward_are_replayed() -> None:
+    def each(out: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(out, y, reduction="none")
+
+    run(mlp(), each, loss_reduction="sum", weights=lambda y: 1.0 + y)
+    with pytest.raises(PrivacyError, match="a record's gradient depends on the other records"):
+        run(mlp(), each, loss_reduction="sum", weights=lambda y: (1.0 + y) / (1.0 + y).sum())
+
+
+class Normalises(torch.autograd.Function):
+    """The identity; its gradient is of norm 1, over all records together."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        return g / g.norm()
+
+
+class Applies(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Normalises.apply(x)
+
+
+def test_a_backward_that_couples_records_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="a record's gradient depends on the other records"):
+        run(mlp(Applies()), F.cross_entropy)
+    with pytest.raises(PrivacyError, match="the backward of Normalises"):
+        run(mlp(), lambda out, y: F.cross_entropy(Normalises.apply(out), y))
+
+
+def test_a_coupling_is_seen_beside_a_large_column() -> None:
+    """Of raw columns: an income, and an indicator that is centred."""
+    x = torch.randn(60, 6)
+    x[:, 0] *= 1e4
+    run(mlp(), F.cross_entropy, x=x)
+    with pytest.raises(PrivacyError, match="layer '0': its input for a record depends"):
+        run(mlp(), F.cross_entropy, x=x, prepare=lambda x: torch.cat([x[:, :1], x[:, 1:] - x[:, 1:].mean(0)], 1))
 
 
 @pytest.mark.parametrize("said", ["mean", "sum"])
