@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
-from fastdp import ArgumentError, PrivacyEngine, PrivacyError, reference
+from fastdp import ArgumentError, PrivacyEngine, PrivacyError, persample, reference
 
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
 WIDTH = 6
@@ -412,3 +412,28 @@ def test_hostile_records_stay_within_the_bound(size: float) -> None:
     optimizer.step()
     norm = module.weight.detach().double().norm().item()
     assert norm <= c and (norm == 0.0 if size != size else norm > 0.99 * c)
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "close"),
+    [
+        ([], [], True),
+        ([0.0, 0.0], [0.0, 0.0], True),
+        ([0.0, 0.0], [0.0, 1e-30], False),
+        ([1.0, -100.0], [1.0, -100.09], True),
+        ([1.0, -100.0], [1.0, -100.11], False),
+        ([1.0, 100.0], [1.11, 100.0], False),
+        ([3e38], [-3e38], False),  # their difference overflows
+        ([torch.inf, 1.0], [torch.inf, 1.0005], True),
+        ([torch.inf, 1.0], [torch.inf, 1.002], False),
+        ([torch.inf, 1.0], [3e38, 1.0], False),
+        ([1.0, 1.0], [1.0, torch.inf], False),
+        ([1.0, 1.0], [torch.nan, 1.0], False),
+        ([torch.nan, 1.0], [1.0, 1.0], False),
+        ([torch.nan, 1.0], [torch.nan, 1.0], True),
+        ([torch.nan], [torch.nan], True),
+    ],
+)
+def test_outputs_that_count_as_the_same(first: list[float], again: list[float], close: bool) -> None:
+    assert persample._close(torch.tensor(first), torch.tensor(again)) is close
+    assert not persample._close(torch.tensor(first), torch.tensor([*again, 0.0]))
