@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,19 +12,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastdp import PrivacyEngine
-
-MODELS = {
-    "64-256-256-2": ([64, 256, 256, 2], 512),
-    "784-1024-1024-10": ([784, 1024, 1024, 10], 256),
-    "9-50-2": ([9, 50, 2], 256),
-}
+from fastdp.examples import mnist
 
 
-def mlp(sizes: list[int]) -> nn.Module:
+def mlp(*sizes: int) -> nn.Module:
     layers: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+# The model, the shape of a record, classes, batch size.
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
+    "64-256-256-2": (lambda: mlp(64, 256, 256, 2), (64,), 2, 512),
+    "784-1024-1024-10": (lambda: mlp(784, 1024, 1024, 10), (784,), 10, 256),
+    "9-50-2": (lambda: mlp(9, 50, 2), (9,), 2, 256),
+    "CNN": (mnist.build_model, (1, 28, 28), 10, 240),
+}
 
 
 def sgd(module: nn.Module) -> torch.optim.SGD:
@@ -50,8 +54,8 @@ def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, criterion, x:
 
 
 def records_for(name: str) -> TensorDataset:
-    sizes, batch = MODELS[name]
-    return TensorDataset(torch.randn(40 * batch, sizes[0]), torch.randint(0, sizes[-1], (40 * batch,)))
+    _, shape, classes, batch = MODELS[name]
+    return TensorDataset(torch.randn(40 * batch, *shape), torch.randint(0, classes, (40 * batch,)))
 
 
 def forever(loader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -60,12 +64,12 @@ def forever(loader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def rounds_for(name: str) -> int:
-    return 30 if name == "784-1024-1024-10" else 100
+    return 30 if name in ("784-1024-1024-10", "CNN") else 100
 
 
 def make_private(name: str, make):
-    sizes, batch = MODELS[name]
-    module = mlp(sizes)
+    build, _, _, batch = MODELS[name]
+    module = build()
     module, optimizer, loader = PrivacyEngine().make_private(
         module=module,
         optimizer=make(module),
@@ -79,7 +83,7 @@ def make_private(name: str, make):
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize(("name", "make"), [*((name, sgd) for name in MODELS), ("784-1024-1024-10", adam)])
 def bench_step_against_torch(pair, name: str, make, threads: int) -> None:
-    plain = mlp(MODELS[name][0])
+    plain = MODELS[name][0]()
     plain_optimizer = make(plain)
     private, optimizer, stream = make_private(name, make)
     pair(
@@ -106,11 +110,11 @@ def bench_adam_step_against_the_unfused_one(pair, threads: int) -> None:
 @pytest.mark.filterwarnings("ignore")  # Opacus's own
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.parametrize("name", ["64-256-256-2", "784-1024-1024-10"])
+@pytest.mark.parametrize("name", ["64-256-256-2", "784-1024-1024-10", "CNN"])
 def bench_step_of_opacus_against_torch(pair, name: str, threads: int, mode: str) -> None:
     opacus = pytest.importorskip("opacus")
-    sizes, batch = MODELS[name]
-    plain, private = mlp(sizes), mlp(sizes)
+    build, _, _, batch = MODELS[name]
+    plain, private = build(), build()
     plain_optimizer = sgd(plain)
     loader = DataLoader(records_for(name), batch_size=batch)
     criterion = nn.CrossEntropyLoss()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
-from fastdp import ArgumentError, PrivacyEngine, PrivacyError, reference
+from fastdp import ArgumentError, PrivacyEngine, PrivacyError, persample, reference
 from fastdp.clipping import GradientSum, Span
 from fastdp.layers import LinearUse
 
@@ -472,3 +472,28 @@ def test_positions_that_cancel_stay_within_the_bound(name: str) -> None:
         total.fill([use], 1, 1, scale, False)
         assert total.flat.double().norm() <= c
         use = dataclasses.replace(use, a=use.a.flip(1), b=use.b.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "close"),
+    [
+        ([], [], True),
+        ([0.0, 0.0], [0.0, 0.0], True),
+        ([0.0, 0.0], [0.0, 1e-30], False),
+        ([1.0, -100.0], [1.0, -100.09], True),
+        ([1.0, -100.0], [1.0, -100.11], False),
+        ([1.0, 100.0], [1.11, 100.0], False),
+        ([3e38], [-3e38], False),  # their difference overflows
+        ([torch.inf, 1.0], [torch.inf, 1.0005], True),
+        ([torch.inf, 1.0], [torch.inf, 1.002], False),
+        ([torch.inf, 1.0], [3e38, 1.0], False),
+        ([1.0, 1.0], [1.0, torch.inf], False),
+        ([1.0, 1.0], [torch.nan, 1.0], False),
+        ([torch.nan, 1.0], [1.0, 1.0], False),
+        ([torch.nan, 1.0], [torch.nan, 1.0], True),
+        ([torch.nan], [torch.nan], True),
+    ],
+)
+def test_outputs_that_count_as_the_same(first: list[float], again: list[float], close: bool) -> None:
+    assert persample._close(torch.tensor(first), torch.tensor(again)) is close
+    assert not persample._close(torch.tensor(first), torch.tensor([*again, 0.0]))
