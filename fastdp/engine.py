@@ -221,7 +221,9 @@ class PrivacyEngine:
         loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size), piece)
         spent = self.ledger.steps
         loader.skip(*(divmod(spent, len(loader)) if plan.poisson_sampling else (spent, 0)))
-        probe = Probe(module, recorder, loss_reduction == "mean")
+        share, rest = divmod(plan.batch_size, size)
+        sizes = frozenset((plan.batch_size, share, share + (rest > 0)))
+        probe = Probe(module, recorder, loss_reduction == "mean", sizes)
 
         def on_batch(batch: Any, rows: int) -> Any:
             recorder.batch = loader.pieces

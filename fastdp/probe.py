@@ -15,6 +15,7 @@ the back of torch's function calls (`torch.tensor(x)`, `x.as_subclass(Tensor)`, 
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,15 +43,22 @@ PROBED_BATCHES = {1, 10, 100, 1000}
 
 _MEANS_OVER_COUNTED = (F.cross_entropy, F.nll_loss)
 
+_SCALINGS = {"div", "div_", "true_divide", "divide", "__truediv__", "__itruediv__"}
+_SCALINGS |= {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
+
 
 class Probe:
     """Checks the root module and the loss at the first batch with two records or more, and now and then later.
 
     loss_is_mean: what the user said of the loss; the probe sees whether it is true.
+    sizes: expected batch sizes, by which a sum may be divided: constants, whatever the batch.
     """
 
-    def __init__(self, root: nn.Module, recorder: Recorder, loss_is_mean: bool) -> None:
-        self.root, self.recorder, self.loss_is_mean = root, recorder, loss_is_mean
+    def __init__(
+        self, root: nn.Module, recorder: Recorder, loss_is_mean: bool, sizes: frozenset[int] = frozenset()
+    ) -> None:
+        self.root, self.recorder, self.loss_is_mean, self.sizes = root, recorder, loss_is_mean, sizes
+        self.undecided = False  # the last batch had just such a size
         self.ignore_index: int | None = None  # a label that would leave its record out of the loss's mean
         self._batches = {True: 0, False: 0}  # of a single record, of more
         self._modes: set[tuple[bool, bool]] = set()  # where checked: root.training, and whether on a single record
@@ -78,7 +86,8 @@ class Probe:
         if rows < 1:
             return batch
         self._batches[rows == 1] += 1
-        self._needed = self._batches[rows == 1] in PROBED_BATCHES or self._mode not in self._modes
+        number = self._batches[rows == 1]
+        self._needed = number in PROBED_BATCHES or self._mode not in self._modes or self.undecided
         if not self._needed:
             return batch
         self._tape = tape = Tape(self, rows)
@@ -175,6 +184,8 @@ class Tape:
             if func in _MEANS_OVER_COUNTED and kwargs.get("reduction", "mean") == "mean":
                 self._check_counted_mean(args, kwargs)
         self._check_functions(loss)
+        if not self.probe.loss_is_mean:
+            self._check_divisions(gradient)
         base, values, buffers = self._replay(loss, gradient, lambda x: x)
         if not base:
             return
@@ -243,6 +254,20 @@ class Tape:
         self.probe.ignore_index = int(kwargs.get("ignore_index", -100))
         if bool((target == self.probe.ignore_index).any()):
             _refuse_ignored(self.probe.ignore_index)
+
+    def _check_divisions(self, gradient: Tensor | None) -> None:
+        """A sum divided by len(batch): one record more, and all the others' gradients shrink. Seen by the number."""
+        scales = [] if gradient is None else [gradient]
+        for func, args, kwargs, _ in self.calls:
+            if getattr(func, "__name__", "") in _SCALINGS:
+                scales += [x for x in tree_leaves((args, kwargs)) if not isinstance(x, _Taped)]
+        found = self.rows > 1 and any(_is_count(x, self.rows) for x in scales)
+        self.probe.undecided = found and self.rows in self.probe.sizes
+        if found and not self.probe.undecided:
+            raise PrivacyError(
+                f"loss: it is multiplied or divided by {self.rows}, the number of records in the batch, which couples "
+                "them: use reduction='mean' and loss_reduction='mean', or divide by the expected batch size"
+            )
 
     def _check_reduction(
         self, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call], values: list[Any]
@@ -383,6 +408,15 @@ def _compare_half(base: list[LinearUse | Call], smaller: list[LinearUse | Call],
                     raise PrivacyError(
                         f"{u.layer}: its input for a record depends on the number of records in the batch"
                     )
+
+
+def _is_count(x: Any, rows: int) -> bool:
+    """Whether a factor of the loss is the number of records, or one over it."""
+    if isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex():
+        x = x.item()
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        return False
+    return any(math.isclose(abs(x), count, rel_tol=1e-6) for count in (rows, 1.0 / rows))
 
 
 def _size(x: Tensor) -> float:

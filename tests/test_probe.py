@@ -454,3 +454,53 @@ def test_each_mode_is_probed() -> None:
             optimizer.step()
             if step == 0:
                 module.train()
+
+
+DIVISIONS = {
+    "len": lambda losses: losses.sum() / len(losses),
+    "shape": lambda losses: losses.sum().mul(1 / losses.shape[0]),
+    "in place": lambda losses: losses.sum().div_(losses.numel()),
+    "a tensor": lambda losses: losses.sum() / torch.tensor(float(len(losses))),
+    "each": lambda losses: (losses / len(losses)).sum(),
+}
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_a_sum_divided_by_the_number_of_records_is_refused(name: str) -> None:
+    """It is no mean to a replay, which has the number as a constant; and obeying "must be 'sum'" would be worse."""
+    model = nn.Linear(4, 1)
+    _, optimizer, loader = PrivacyEngine(seed=1).make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(100, 4)), batch_size=20),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        loss_reduction="sum",
+    )
+    with pytest.raises(PrivacyError, match=r"loss: it is multiplied or divided by \d+, the number of records"):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            DIVISIONS[name](model(x).squeeze(1).square()).backward()
+            optimizer.step()
+    assert optimizer.steps <= 1  # one if the first batch had just the expected size
+
+
+@pytest.mark.parametrize("divisor", [20, 7.0])
+def test_a_sum_divided_by_a_constant_is_a_sum(divisor: float) -> None:
+    model = nn.Linear(4, 1)
+    _, optimizer, loader = PrivacyEngine(seed=1).make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randn(100, 4)), batch_size=20),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        loss_reduction="sum",
+    )
+    sizes = []
+    for _ in range(8):
+        for (x,) in loader:
+            optimizer.zero_grad()
+            (model(x).square().sum() / divisor).backward()
+            optimizer.step()
+            sizes.append(len(x))
+    assert 20 in sizes and optimizer.steps == 40
