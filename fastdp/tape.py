@@ -1,0 +1,98 @@
+"""What a training loop does to one batch, written down so that it can be done again on other records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._guards import CompileContext
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastdp.errors import PrivacyError
+from fastdp.layers import LinearUse
+from fastdp.persample import Call
+
+if TYPE_CHECKING:
+    from fastdp.probe import Probe
+
+
+class Tape:
+    """The torch functions called on one batch, so that the step can be computed again on other records."""
+
+    def __init__(self, probe: Probe, rows: int) -> None:
+        self.probe, self.rows = probe, rows
+        self.sources: list[tuple[Tensor, Tensor]] = []  # as marked, and its value
+        self.calls: list[tuple[Any, Any, Any, Any]] = []  # function, args, kwargs, result
+        self.arguments: tuple[Any, Any] = ((), {})  # of the root module's current call
+        self.drew = False  # random numbers were drawn in the last replay
+        self.modules: set[Any] = set()  # autograd's nodes of the root module's outputs
+
+    def add_source(self, x: Tensor) -> Tensor:
+        marked = mark(x, self)
+        self.sources.append((marked, plain(x).detach().clone()))
+        return marked
+
+    def replay(
+        self, loss: Tensor, gradient: Tensor | None, change: Callable[[Tensor], Tensor]
+    ) -> tuple[list[LinearUse | Call], list[Any], list[Tensor]]:
+        """What the layers recorded, the numbers taken out of torch, and the buffers, on changed records."""
+        known: dict[int, Any] = {id(marked): change(value).clone() for marked, value in self.sources}
+        values: list[Any] = []
+        with self.probe.untouched():
+            start = torch.get_rng_state()
+            for func, args, kwargs, result in self.calls:
+                args, kwargs = tree_map_only(Tensor, lambda x: known.get(id(x), x), (args, kwargs))
+                for x, y in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(x, Tensor):
+                        known[id(x)] = y
+                    elif isinstance(y, np.ndarray):
+                        values.append(y.tobytes())
+                    elif isinstance(y, (int, float, bool, complex, torch.Size)):
+                        values.append(y)
+            self.drew = not torch.equal(torch.get_rng_state(), start)
+            again = known.get(id(loss))
+            if again is None or not again.requires_grad:
+                raise PrivacyError("loss: it cannot be replayed from the batch; use torch functions on it")
+            gradient = known.get(id(gradient), gradient)
+            # Parts of the loss that are not made of the batch, a penalty say, belong to one graph of all replays.
+            torch.autograd.backward(again, gradient, retain_graph=True)
+            buffers = [b.clone() for b in self.probe.root.buffers()]
+            return self.probe.recorder.uses, values, buffers
+
+
+class Taped(Tensor):
+    """A tensor whose functions are written down on its tape. Only those of probed batches are."""
+
+    _tape: Tape
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if CompileContext.current_compile_id() is not None:
+            raise PrivacyError("torch.compile: compiled models and losses are not supported in this version")
+        tape = next(x._tape for x in tree_leaves((args, kwargs)) if isinstance(x, Taped))
+        active = tape.probe.tape is tape
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is Tensor.backward:
+                if active:
+                    tape.probe.check(args[0], kwargs.get("gradient", args[1] if len(args) > 1 else None))
+                return func(*args, **kwargs)  # type: ignore[no-untyped-call]
+            result = func(*args, **kwargs)
+            if not active:
+                return result
+            result = tree_map_only(Tensor, lambda x: mark(x, tape), result)
+            tape.calls.append((func, args, kwargs, result))
+            return result
+
+
+def mark(x: Tensor, tape: Tape) -> Tensor:
+    taped = x if isinstance(x, Taped) else x.as_subclass(Taped)
+    taped._tape = tape
+    return taped
+
+
+def plain(x: Tensor) -> Tensor:
+    return x.as_subclass(Tensor)
