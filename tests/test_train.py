@@ -14,6 +14,9 @@ import torch
 from mpi import launch
 
 from fastdp import data, metrics, report, train
+from fastdp.models import build_model
+
+FILES = ["curves.png", "ledger.jsonl", "metrics.jsonl", "model.pt", "report.json", "run.json"]
 
 
 def train_cli(
@@ -50,14 +53,7 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 def test_a_run_leaves_its_files(seeded: dict[int, Path]) -> None:
     folder = seeded[2]
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "curves.png",
-        "ledger.jsonl",
-        "metrics.jsonl",
-        "model.pt",
-        "report.json",
-        "run.json",
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == FILES
     summary = json.loads((folder / "report.json").read_text())
     assert summary["accuracy"] > 0.84 and 0.9 < summary["auc"] < 0.92 and summary["log_loss"] < 0.45
     assert 0.99 < summary["epsilon"] <= 1.0 and summary["delta"] == 1e-5
@@ -88,7 +84,7 @@ def test_the_same_run_on_more_ranks(seeded: dict[int, Path], ranks: int) -> None
 
 def test_the_saved_model_gives_the_reported_figures(seeded: dict[int, Path]) -> None:
     table = data.load("adult")
-    model = train.build_model("mlp:32", table.train_features.shape[1:], table.outputs)
+    model = build_model("mlp:32", table.train_features.shape[1:], table.outputs)
     model.load_state_dict(torch.load(seeded[0] / "model.pt", weights_only=True))
     summary = json.loads((seeded[0] / "report.json").read_text())
     logits = model(table.test_features).detach().squeeze(1).double()
@@ -224,9 +220,6 @@ def test_status_2_reaches_the_shell() -> None:
         assert done.returncode == 2
         assert done.stderr == "fastdp.train: error: target_epsilon=0.0: must be finite and > 0\n"
         assert done.stdout.count("\n") <= 1  # which table, how many ranks; before the noise is calibrated
-
-
-FILES = ["curves.png", "metrics.jsonl", "model.pt", "report.json"]
 
 
 def test_a_terminal_without_greek_letters_costs_no_results(tmp_path: Path) -> None:
