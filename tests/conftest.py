@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loops import MODELS, data, private
 
 HERE = Path(__file__).parent
 
@@ -22,6 +23,13 @@ def _fixed_seed() -> None:
 @pytest.fixture
 def key() -> torch.Tensor:
     return torch.arange(32, dtype=torch.uint8)
+
+
+@pytest.fixture
+def loop():
+    """Engine, module, optimizer and loader of a small model without noise."""
+    module = MODELS["mlp"]()
+    return private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512"])

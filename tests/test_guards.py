@@ -1,0 +1,292 @@
+"""What would break the guarantee is refused by name: P1's guards, P4's one batch a step, P10's arguments."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loops import MODELS, data, private
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fastdp import ArgumentError, PrivacyEngine, PrivacyError
+
+
+def test_a_step_needs_exactly_one_batch(loop) -> None:
+    engine, module, optimizer, loader = loop
+    with pytest.raises(PrivacyError, match="after 0 batches"):
+        optimizer.step()
+    batches = iter(loader)
+    x, y = next(batches)
+    F.cross_entropy(module(x), y).backward()
+    optimizer.step()
+    with pytest.raises(PrivacyError, match="after 0 batches"):
+        optimizer.step()
+    next(batches)
+    x, y = next(batches)
+    F.cross_entropy(module(x), y).backward()
+    with pytest.raises(PrivacyError, match="after 2 batches"):
+        optimizer.step()
+    assert engine.ledger.steps == 1
+
+
+def test_a_step_without_backward_is_noise_and_is_accounted(loop) -> None:
+    engine, module, optimizer, loader = loop
+    before = copy.deepcopy(module.state_dict())
+    next(iter(loader))
+    optimizer.step()
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())  # noise_multiplier is 0
+    assert engine.ledger.steps == 1
+
+
+def test_a_second_backward_is_refused(loop) -> None:
+    _, module, optimizer, loader = loop
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    with pytest.raises(PrivacyError, match=r"second backward\(\) before optimizer.step"):
+        F.cross_entropy(module(x), y).backward()
+    optimizer.zero_grad()
+    F.cross_entropy(module(x), y).backward()  # after zero_grad the first one no longer counts
+    optimizer.step()
+
+
+def test_other_rows_than_the_loaders_are_refused(loop) -> None:
+    _, module, optimizer, loader = loop
+    x, y = next(iter(loader))
+    with pytest.raises(PrivacyError, match="the first dimension of its input is not the batch's records"):
+        F.cross_entropy(module(torch.cat([x, x])), torch.cat([y, y])).backward()
+        optimizer.step()
+
+
+def test_closures_and_new_groups_are_refused(loop) -> None:
+    _, _module, optimizer, _ = loop
+    with pytest.raises(ArgumentError, match="closure"):
+        optimizer.step(lambda: 0.0)
+    with pytest.raises(ArgumentError, match="before make_private"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def test_an_exception_in_forward_leaves_parameters_trainable(loop) -> None:
+    _, module, _optimizer, _loader = loop
+    with pytest.raises(RuntimeError, match="shapes"):
+        module(torch.randn(3, 5))
+    assert all(p.requires_grad for p in module.parameters())
+
+
+class Leaky(nn.Module):
+    """Uses its layer's weight once as a module and once by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + F.linear(x, self.layer.weight)
+
+
+def test_a_gradient_by_another_way_is_refused_by_name() -> None:
+    module = Leaky()
+    _, module, optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    with pytest.raises(PrivacyError, match=r"layer\.weight: autograd delivered"):
+        optimizer.step()
+
+
+class ChangesItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        y = self.layer(x)
+        x.mul_(2)
+        return y
+
+
+def test_an_input_changed_in_place_is_refused_by_name() -> None:
+    module = ChangesItsInput()
+    _, module, _optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+    x, y = next(iter(loader))
+    with pytest.raises(PrivacyError, match="layer 'layer': its input was changed in place"):
+        F.cross_entropy(module(x), y).backward()
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)),
+            "module.1='BatchNorm1d': must be replaced",
+        ),
+        (nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)), "module.1='BatchNorm1d'"),
+        (nn.Linear(6, 3).bfloat16(), "torch.bfloat16"),
+        (nn.Linear(6, 3).requires_grad_(False), "at least one parameter"),
+    ],
+)
+def test_what_is_not_exact_is_refused_by_name(module: nn.Module, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message) as error:
+        private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own imports
+def test_compiled_modules_are_refused_by_name() -> None:
+    module = torch.compile(nn.Linear(6, 3))
+    with pytest.raises(ArgumentError, match="compiled"):
+        private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+
+
+def test_optimizer_and_module_must_match() -> None:
+    module, other = MODELS["mlp"](), nn.Linear(2, 2)
+    with pytest.raises(ArgumentError, match=r"parameter 0\.weight='absent'"):
+        private(module, torch.optim.SGD(module[2].parameters(), lr=0.1), data())
+    with pytest.raises(ArgumentError, match="parameters of the module only"):
+        private(module, torch.optim.SGD([*module.parameters(), *other.parameters()], lr=0.1), data())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: must be finite and >= 0"),
+        ({"noise_multiplier": -1.0}, "noise_multiplier=-1.0"),
+        ({"max_grad_norm": "1"}, "max_grad_norm='1': must be a number"),
+        ({"noise_multiplier": torch.tensor(1.0)}, "noise_multiplier=tensor(1.): must be a number"),
+        ({"dataset_size": 100.5}, "dataset_size=100.5: must be an int"),
+        ({"batch_size": 61}, "batch_size=61: must be in"),
+        ({"clipping": "per_layer"}, "clipping='per_layer'"),
+        ({"loss_reduction": "none"}, "loss_reduction='none'"),
+        ({"max_physical_batch_size": 0}, "max_physical_batch_size=0: must be None or an int >= 1"),
+        ({"secure_mode": True}, "secure_mode=True"),
+        ({"dataset_size": 100, "poisson_sampling": False}, "dataset_size=100"),
+        ({"seed": -1}, "seed=-1"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs: dict[str, object], message: str) -> None:
+    module = nn.Linear(6, 3)
+    with pytest.raises(ArgumentError) as error:
+        private(module, torch.optim.SGD(module.parameters(), lr=0.1), data(), **kwargs)
+    assert message in str(error.value)
+
+
+def test_bad_modules_and_optimizers_are_named(loop) -> None:
+    module = nn.Linear(6, 3)
+    with pytest.raises(ArgumentError, match="optimizer='LBFGS'"):
+        private(module, torch.optim.LBFGS(module.parameters()), data())
+    with pytest.raises(ArgumentError, match=r"must be an nn\.Module"):
+        private(nn.Linear, torch.optim.SGD(module.parameters(), lr=0.1), data())
+    used = loop[1]
+    with pytest.raises(ArgumentError, match="private already"):
+        private(used, torch.optim.SGD(used.parameters(), lr=0.1), data())
+    again = copy.deepcopy(used)
+    private(again, torch.optim.SGD(again.parameters(), lr=0.1), data())
+
+
+@pytest.mark.parametrize(("name", "value"), [("target_epsilon", "3"), ("target_delta", None), ("target_delta", 2.0)])
+def test_bad_targets_are_named(name: str, value: object) -> None:
+    module = nn.Linear(6, 3)
+    with pytest.raises(ArgumentError, match=f"{name}={value!r}: must be"):
+        PrivacyEngine().make_private_with_epsilon(
+            module=module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            data_loader=DataLoader(data(), batch_size=4),
+            **{"target_epsilon": 3.0, "target_delta": 1e-5, "epochs": 1, "max_grad_norm": 1.0, name: value},
+        )
+
+
+def test_a_penalty_in_the_loss_is_refused_with_the_cure(loop) -> None:
+    _, module, optimizer, loader = loop
+    x, y = next(iter(loader))
+    penalty = sum(p.square().sum() for p in module.parameters())
+    (F.cross_entropy(module(x), y) + 1e-3 * penalty).backward()
+    with pytest.raises(PrivacyError, match="use the optimizer's weight_decay"):
+        optimizer.step()
+
+
+def test_an_engine_accounts_for_one_run(loop) -> None:
+    engine = loop[0]
+    module = nn.Linear(6, 3)
+    with pytest.raises(ArgumentError, match="once per engine"):
+        engine.make_private(
+            module=module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            data_loader=DataLoader(data(), batch_size=4),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+
+
+CHANGES = {
+    "0.weight: frozen or unfrozen": lambda m: m[0].weight.requires_grad_(False),
+    "0.weight: removed or replaced": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.data.clone())),
+    "0.weight: its dtype, shape, device or layout": lambda m: m.double(),
+    "layout was changed": lambda m: setattr(m[0].weight, "data", m[0].weight.data.t().contiguous().t()),
+    "get_float32_matmul_precision": lambda m: torch.set_float32_matmul_precision("medium"),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_changes_after_make_private_are_refused(message: str, loop) -> None:
+    _, module, optimizer, loader = loop
+    try:
+        CHANGES[message](module)
+        x, y = next(iter(loader))
+        F.cross_entropy(module(x.to(module[0].weight.dtype)), y).backward()
+        with pytest.raises(PrivacyError, match=re.escape(message)):
+            optimizer.step()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_a_parameter_unfrozen_later_gets_no_raw_gradient(optimizer: type[torch.optim.Optimizer]) -> None:
+    module = MODELS["mlp"]()
+    module[0].requires_grad_(False)
+    _, module, private_optimizer, loader = private(module, optimizer(module.parameters(), lr=0.1), data())
+    module[0].requires_grad_(True)
+    before = module[0].weight.detach().clone()
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    with pytest.raises(PrivacyError, match=r"0\.weight: autograd delivered"):
+        private_optimizer.step()
+    assert torch.equal(module[0].weight, before)
+
+
+def test_the_original_optimizer_steps_nothing() -> None:
+    module = MODELS["mlp"]()
+    original = torch.optim.SGD(module.parameters(), lr=0.1)
+    _, module, _, loader = private(module, original, data())
+    before = copy.deepcopy(module.state_dict())
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    original.step()
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_a_graph_from_before_the_step_is_not_used_with_the_new_parameters(loop) -> None:
+    _, module, optimizer, loader = loop
+    stale = (module[4].weight * module[4].weight).sum()
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+def test_ranks_without_a_communicator_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_SIZE", "2")
+    module = nn.Linear(6, 3)
+    with pytest.raises(ArgumentError, match=r"comm=None: must be fastdp.comm.init\(\) under mpirun"):
+        private(module, torch.optim.SGD(module.parameters(), lr=1.0), data())
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own
+def test_a_model_compiled_after_make_private_is_refused_by_name(loop) -> None:
+    _, module, _, loader = loop
+    x, _y = next(iter(loader))
+    with pytest.raises(Exception, match=r"torch.compile: compiled models and losses are not supported"):
+        torch.compile(module, backend="aot_eager")(x)
