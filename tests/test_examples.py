@@ -147,13 +147,13 @@ def test_the_example_says_once_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_the_example_learns_mnist() -> None:
-    """A hundred steps on a third of the images: 0.67 to 0.81 in four runs; the README has the full recipe's figures."""
+    """A hundred steps on a third of the images, of which the last hundred are averaged: 0.49 to 0.60 in three runs."""
     if "FASTDP_DATA" not in os.environ:
         pytest.skip("MNIST is not part of the project: FASTDP_DATA names no folder that has it")
     options = ("--limit", "20000", "--batch-size", "200", "--noise-multiplier", "0.7", "--epochs", "1")
     printed = run(Path(os.environ["FASTDP_DATA"]) / "mnist", *options, ranks=2)
     [(accuracy, epsilon)] = epochs(printed)
-    assert accuracy > 0.45
+    assert accuracy > 0.3
     exact = fastdp.accounting.epsilon(noise_multiplier=0.7, sample_rate=0.01, steps=100, delta=1e-5)
     assert 0 <= epsilon - exact < 1e-4  # rounded up
     assert "NOT PRIVATE" not in printed
