@@ -92,7 +92,8 @@ class Unit:
         for y, dim in zip(outputs, dims, strict=True):
             if y.dim() <= dim or y.shape[dim] != rows:
                 raise PrivacyError(
-                    f"{self.layer}: an output of shape {list(y.shape)} has no dimension of the batch's {rows} records"
+                    f"{self.layer}: an output of shape {list(y.shape)} has no dimension of the batch's {rows} records; "
+                    "give it inputs of each record, `positions.expand(len(x), -1)` for positions that all share"
                 )
         return dims
 

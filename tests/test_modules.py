@@ -497,3 +497,39 @@ def test_positions_that_cancel_stay_within_the_bound(name: str) -> None:
 def test_outputs_that_count_as_the_same(first: list[float], again: list[float], close: bool) -> None:
     assert persample._close(torch.tensor(first), torch.tensor(again)) is close
     assert not persample._close(torch.tensor(first), torch.tensor([*again, 0.0]))
+
+
+class Positions(nn.Module):
+    """What every transformer does; `expand` decides how."""
+
+    def __init__(self, expand: bool) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.out = nn.Embedding(10, 8), nn.Embedding(5, 8), nn.Linear(8, 2)
+        self.expand = expand
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        places = places.expand(len(x), -1) if self.expand else places
+        return self.out((self.tokens(x) + self.positions(places)).mean(1))
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_positions_that_all_records_share_are_refused_with_the_cure(expand: bool) -> None:
+    module = Positions(expand)
+    module, optimizer, loader = PrivacyEngine(seed=1).make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(torch.randint(0, 10, (40, 5))), batch_size=8),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+    )
+    (x,) = next(iter(loader))
+    loss = module(x).square().sum(1).mean()
+    if expand:
+        before = module.positions.weight.clone()
+        loss.backward()
+        optimizer.step()
+        assert not torch.equal(module.positions.weight, before)
+    else:
+        with pytest.raises(PrivacyError, match=r"'positions': an output .* `positions.expand\(len\(x\), -1\)`"):
+            loss.backward()
