@@ -131,7 +131,7 @@ class DurableLedger(Ledger):
             if os.write(self._file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
-        except OSError:
+        except BaseException:  # KeyboardInterrupt too: whether the file has the line, its next one would not know
             self._shut()
             raise
         self._lines += 1

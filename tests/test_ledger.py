@@ -166,6 +166,28 @@ def test_what_cannot_be_written_is_not_spent(path: Path, monkeypatch: pytest.Mon
         DurableLedger(path / "below a file")
 
 
+def test_an_interrupt_while_a_line_is_written_leaves_a_ledger_that_can_be_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spending = DurableLedger(path)
+    spending.step(1.0, 0.1)
+    fsync = os.fsync
+
+    def interrupted(file: int) -> None:
+        fsync(file)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            spending.step(1.0, 0.1)
+    with pytest.raises(PrivacyError, match="closed"):  # a notebook, whose cell is run again
+        spending.step(1.0, 0.1)
+    spending.close()
+    assert ledger.read(path)[1.0, 0.1] >= 1
+    DurableLedger(path).close()
+
+
 def test_bad_arguments_reserve_nothing(path: Path) -> None:
     spending = DurableLedger(path)
     for wrong in ((-1.0, 0.1, 1), (1.0, 0.0, 1), (1.0, 0.1, -1)):
