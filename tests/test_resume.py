@@ -210,6 +210,18 @@ def test_a_run_without_its_ledger_is_not_resumed(
     assert sorted((p, p.read_bytes()) for p in (tmp_path / "run").rglob("*.*")) == before
 
 
+def test_a_run_whose_last_steps_were_all_lost_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    crashed = ledger.DurableLedger(tmp_path / "run" / "ledger.jsonl")
+    crashed.step(1.0, 1024 / 32561, 50)  # reserved beyond the 64 steps of the run, whose noise is given
+    crashed.close()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 90 and report["steps_lost"] == 50
+
+
 def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
