@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 import torch
 from torch import nn
 
-from fastdp import checkpoint
+from fastdp import checkpoint, ledger
 from fastdp.disk import write_whole
 from fastdp.errors import ArgumentError, require
 from fastdp.report import draw, say
@@ -23,6 +23,7 @@ from fastdp.report import draw, say
 DEFAULT: Final = Path("runs")
 OPTIONS, LEDGER, METRICS, REPORT = "run.json", "ledger.jsonl", "metrics.jsonl", "report.json"
 CHECKPOINTS = "checkpoints"
+BEFORE_OPTIONS: Final = {LEDGER, METRICS, CHECKPOINTS, "tensorboard", f".{OPTIONS}.partial"}
 
 
 def find(resume: str, output: Path | None) -> Path | None:
@@ -49,11 +50,18 @@ def options_of(path: Path) -> dict[str, Any]:
 
 
 def check_new(path: Path) -> None:
-    """Nothing of anybody's is written over."""
+    """Nothing of anybody's is written over, but for what a run left that was cut off before it was begun."""
     try:
-        taken = path.exists() and any(path.iterdir())
+        names = {each.name for each in path.iterdir()} if path.exists() else set()
+        taken = not names <= BEFORE_OPTIONS
+        if not taken and METRICS in names:
+            taken = (path / METRICS).stat().st_size > 0
+        if not taken and CHECKPOINTS in names:
+            taken = any("step-0000000000.pt" not in each.name for each in (path / CHECKPOINTS).iterdir())
     except OSError as error:
         raise ArgumentError("output", str(path), f"a folder that can be read ({error.strerror})") from error
+    if not taken and LEDGER in names:
+        taken = bool(ledger.read(path / LEDGER))
     require(not taken, "output", str(path), "a folder that is empty or does not exist")
 
 
