@@ -28,6 +28,13 @@ BEFORE_OPTIONS: Final = {LEDGER, METRICS, CHECKPOINTS, "tensorboard", f".{OPTION
 
 def find(resume: str, output: Path | None) -> Path | None:
     """The folder of the run that --resume names. None: auto found none that was begun and not finished."""
+    try:
+        return _find(resume, output)
+    except OSError as error:
+        raise ArgumentError("resume", resume, f"a folder that can be read ({error.strerror})") from error
+
+
+def _find(resume: str, output: Path | None) -> Path | None:
     if resume == "auto":
         begun = [p for p in ([output] if output else DEFAULT.glob("*")) if (p / OPTIONS).is_file()]
         unfinished = [p for p in begun if not (p / REPORT).exists()]
@@ -46,6 +53,7 @@ def options_of(path: Path) -> dict[str, Any]:
         options: dict[str, Any] = json.loads((path / OPTIONS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArgumentError("resume", str(path), f"a run whose {OPTIONS} can be read ({error})") from error
+    require(isinstance(options, dict), "resume", str(path), f"a run whose {OPTIONS} holds its options")
     return options
 
 
@@ -75,7 +83,7 @@ class RunFolder:
         self._has_room = True
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with open(path / METRICS, "a+", encoding="utf-8") as file:
+            with open(path / METRICS, "ab+") as file:
                 self._read_metrics(file)
             self._board = _board(path / "tensorboard") if tensorboard else None
         except OSError as error:
@@ -133,18 +141,18 @@ class RunFolder:
         if self._board is not None:
             self._board.close()
 
-    def _read_metrics(self, file: IO[str]) -> None:
+    def _read_metrics(self, file: IO[bytes]) -> None:
         """Those of the run that is resumed; a line that was being written when it ended is cut off."""
         file.seek(0)
         content = file.read()
-        whole = content[: content.rfind("\n") + 1]
-        file.truncate(len(whole.encode()))
+        whole = content[: content.rfind(b"\n") + 1]
+        file.truncate(len(whole))
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
+            self._history = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
+        except (ValueError, AttributeError) as error:
             say(f"warning: curves.png will lack what was before: {self.path / METRICS} is damaged ({error})")
-            lines = []
-        self._history = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
+            self._history = []
 
     def _whole(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         try:

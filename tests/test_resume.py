@@ -321,6 +321,7 @@ def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch
     [
         (["--lr", "0.5"], "lr=0.5: must be None as in the run that is resumed"),
         (["--epochs", "3"], "epochs=3: must be 2 as in the run that is resumed"),
+        (["--noise-multiplier", "none"], "noise_multiplier=None: must be 1.0 as in the run"),
         (["--target-epsilon", "1"], "target_epsilon=1.0: must be None as in the run"),
         (["--seed", "1"], "seed=1: must be None as in the run"),
         (["--output", "elsewhere"], "output='elsewhere': must be absent, or the folder that is resumed"),
@@ -383,9 +384,20 @@ def test_lines_of_metrics_that_were_cut_off(tmp_path: Path, capsys: pytest.Captu
     output = RunFolder(tmp_path)
     output.append_metrics({"epoch": 2, "epsilon": 0.5})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "epsilon": null}\n{"epoch": 2, "epsilon": 0.5}\n'
-    (tmp_path / "metrics.jsonl").write_text("{{{\n")
-    RunFolder(tmp_path)
-    assert "warning: curves.png will lack what was before" in capsys.readouterr().out
+    for damaged in (b"{{{\n", b"\xff\n", b"[1]\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(damaged)
+        RunFolder(tmp_path)
+        assert "warning: curves.png will lack what was before" in capsys.readouterr().out
+
+
+def test_options_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ("[]", "3", "{", ""):
+        (tmp_path / "run.json").write_text(content)
+        assert train.main(["--resume", str(tmp_path)]) == 2
+        assert "must be a run whose run.json" in capsys.readouterr().err
+    for arguments in (["--resume", "a" * 300], ["--resume", "auto", "--output", "a" * 300]):
+        assert train.main(arguments) == 2
+        assert "a folder that can be read (File name too long)" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
