@@ -253,7 +253,9 @@ class PrivacyEngine:
         events: dict[accounting.Event, int] | ArgumentError = {}
         if comm is None or comm.rank == 0:
             try:
-                self.ledger = DurableLedger(self._ledger_path, self.ledger.accountant, plan.events)
+                self.ledger = DurableLedger(
+                    self._ledger_path, self.ledger.accountant, plan.events, seeded=self.seed is not None
+                )
                 events = self.ledger.events
                 others = set(events) - {plan.event}
                 if plan.steps is not None and others:

@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 import torch
 from torch import nn
 
-from fastdp import checkpoint
+from fastdp import checkpoint, ledger
 from fastdp.disk import write_whole
 from fastdp.errors import ArgumentError, require
 from fastdp.report import draw, say
@@ -23,10 +23,18 @@ from fastdp.report import draw, say
 DEFAULT: Final = Path("runs")
 OPTIONS, LEDGER, METRICS, REPORT = "run.json", "ledger.jsonl", "metrics.jsonl", "report.json"
 CHECKPOINTS = "checkpoints"
+BEFORE_OPTIONS: Final = {LEDGER, METRICS, CHECKPOINTS, "tensorboard", f".{OPTIONS}.partial"}
 
 
 def find(resume: str, output: Path | None) -> Path | None:
     """The folder of the run that --resume names. None: auto found none that was begun and not finished."""
+    try:
+        return _find(resume, output)
+    except OSError as error:
+        raise ArgumentError("resume", resume, f"a folder that can be read ({error.strerror})") from error
+
+
+def _find(resume: str, output: Path | None) -> Path | None:
     if resume == "auto":
         begun = [p for p in ([output] if output else DEFAULT.glob("*")) if (p / OPTIONS).is_file()]
         unfinished = [p for p in begun if not (p / REPORT).exists()]
@@ -45,15 +53,23 @@ def options_of(path: Path) -> dict[str, Any]:
         options: dict[str, Any] = json.loads((path / OPTIONS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArgumentError("resume", str(path), f"a run whose {OPTIONS} can be read ({error})") from error
+    require(isinstance(options, dict), "resume", str(path), f"a run whose {OPTIONS} holds its options")
     return options
 
 
 def check_new(path: Path) -> None:
-    """Nothing of anybody's is written over."""
+    """Nothing of anybody's is written over, but for what a run left that was cut off before it was begun."""
     try:
-        taken = path.exists() and any(path.iterdir())
+        names = {each.name for each in path.iterdir()} if path.exists() else set()
+        taken = not names <= BEFORE_OPTIONS
+        if not taken and METRICS in names:
+            taken = (path / METRICS).stat().st_size > 0
+        if not taken and CHECKPOINTS in names:
+            taken = any("step-0000000000.pt" not in each.name for each in (path / CHECKPOINTS).iterdir())
     except OSError as error:
         raise ArgumentError("output", str(path), f"a folder that can be read ({error.strerror})") from error
+    if not taken and LEDGER in names:
+        taken = bool(ledger.read(path / LEDGER))
     require(not taken, "output", str(path), "a folder that is empty or does not exist")
 
 
@@ -67,7 +83,7 @@ class RunFolder:
         self._has_room = True
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with open(path / METRICS, "a+", encoding="utf-8") as file:
+            with open(path / METRICS, "ab+") as file:
                 self._read_metrics(file)
             self._board = _board(path / "tensorboard") if tensorboard else None
         except OSError as error:
@@ -125,18 +141,18 @@ class RunFolder:
         if self._board is not None:
             self._board.close()
 
-    def _read_metrics(self, file: IO[str]) -> None:
+    def _read_metrics(self, file: IO[bytes]) -> None:
         """Those of the run that is resumed; a line that was being written when it ended is cut off."""
         file.seek(0)
         content = file.read()
-        whole = content[: content.rfind("\n") + 1]
-        file.truncate(len(whole.encode()))
+        whole = content[: content.rfind(b"\n") + 1]
+        file.truncate(len(whole))
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
+            self._history = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
+        except (ValueError, AttributeError) as error:
             say(f"warning: curves.png will lack what was before: {self.path / METRICS} is damaged ({error})")
-            lines = []
-        self._history = [{k: math.nan if v is None else v for k, v in line.items()} for line in lines]
+            self._history = []
 
     def _whole(self, name: str, write: Callable[[IO[bytes]], Any]) -> None:
         try:

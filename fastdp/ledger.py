@@ -37,13 +37,16 @@ class DurableLedger(Ledger):
 
     path: created if it does not exist; otherwise what it reserved is spent already.
     limit: never reserve more than so many in all, those of earlier runs included, unless they are asked for.
+    seeded: the noise is reproducible; the file says so for good, since its epsilon means nothing.
 
-    Raises ArgumentError if the file is in use, damaged, or cannot be written.
+    Raises ArgumentError if the file is in use, damaged, or cannot be written, or if one is seeded and the other not.
     """
 
-    def __init__(self, path: Path, accountant: AccountantName = "pld", limit: int | None = None) -> None:
+    def __init__(
+        self, path: Path, accountant: AccountantName = "pld", limit: int | None = None, seeded: bool = False
+    ) -> None:
         super().__init__(accountant)
-        self.path, self._limit = path, limit
+        self.path, self._limit, self._seeded = path, limit, seeded
         self._process = os.getpid()
         self._block, self._reserved_at = 1, -BLOCK_SECONDS
         try:
@@ -86,7 +89,12 @@ class DurableLedger(Ledger):
             self._lock()
             self._lines = _read(self.path, self._file, self._counts)
             if self._lines == 0:
-                self._append({"format": FORMAT})
+                self._append({"format": FORMAT, "seeded": self._seeded})
+            else:
+                first = os.pread(self._file, 200, 0).splitlines()[0]
+                was_seeded = json.loads(first).get("seeded", False)
+                bound = "of a run without a seed: this one was NOT PRIVATE" if was_seeded else "of a run with a seed"
+                require(was_seeded == self._seeded, "ledger", str(self.path), bound)
             if new:
                 sync_folder(self.path.parent)
         except BaseException:
@@ -131,7 +139,7 @@ class DurableLedger(Ledger):
             if os.write(self._file, line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
-        except OSError:
+        except BaseException:  # KeyboardInterrupt too: whether the file has the line, its next one would not know
             self._shut()
             raise
         self._lines += 1

@@ -165,7 +165,9 @@ def parse(arguments: list[str] | None = None) -> Options | None:
     given = _parse(arguments, *sources, cyclopts.config.Dict({k: v for k, v in saved.items() if k not in CHANGEABLE}))
     assert given is not None
     began = {**Options().plain(), **saved}
-    for name, value in given.plain().items():
+    chosen = given.plain()
+    for name in (field.name for field in dataclasses.fields(given)):  # those that are None ("--lr none") too
+        value = chosen.get(name)
         same = name in CHANGEABLE or value == began.get(name)
         require(same, name, value, f"{began.get(name)!r} as in the run that is resumed, {path}")
     return dataclasses.replace(given, resume=str(path), output=path)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
@@ -102,9 +101,6 @@ def make_run(options: Options, comm: Communicator, table: data.Table, path: Path
     engine = fastdp.PrivacyEngine(options.accountant, options.seed, path / folder.LEDGER)
     momentum = {"momentum": options.momentum} if options.optimizer == "sgd" else {}
     optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.learning_rate, **momentum)
-    state = _load_checkpoint(comm, path) if options.resume else None
-    if state is not None:
-        _restore(state, model, optimizer, table, path)
     records = TensorDataset(table.train_features, table.train_labels)
     common: dict[str, Any] = {
         "module": model,
@@ -124,19 +120,24 @@ def make_run(options: Options, comm: Communicator, table: data.Table, path: Path
             epochs=options.epochs,
             **common,
         )
-    private, trained = made[1], 0
-    if state is not None:
-        trained = state["steps_trained"]
-        if private.steps < state["steps"]:
+    trained = 0
+    if options.resume:
+        try:
+            trained = _restore(comm, model, made[1], table, path)
+        except ArgumentError:
             engine.close()
-            whole = f"a run with its whole {folder.LEDGER}: the checkpoint is of step {state['steps']}"
-            raise ArgumentError("resume", f"{path}, whose ledger holds {private.steps} steps", whole)
+            raise
     profile = Profile(comm) if options.profile else None
-    private.profile = profile
+    made[1].profile = profile
     return Run(options, comm, table, engine, *made, profile, trained)
 
 
-def _restore(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, table: data.Table, path: Path) -> None:
+def _restore(comm: Communicator, model: nn.Module, optimizer: PrivateOptimizer, table: data.Table, path: Path) -> int:
+    """What the newest checkpoint has, on every rank; returns how many steps the model was trained.
+
+    The ledger is held by now: no other process, about to end, writes a newer one.
+    """
+    state = _load_checkpoint(comm, path)
     n, had = len(table.train_labels), state["training_records"]
     require(n == had, "data", f"{n} training records", f"the table of the run that is resumed, of {had}")
     try:
@@ -145,6 +146,11 @@ def _restore(state: dict[str, Any], model: nn.Module, optimizer: Optimizer, tabl
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ArgumentError("resume", str(path), f"a run of this table and model ({reason})") from error
+    whole = f"a run with its whole {folder.LEDGER}: the checkpoint is of step {state['steps']}"
+    known = optimizer.steps >= state["steps"]
+    require(known, "resume", f"{path}, whose ledger holds {optimizer.steps} steps", whole)
+    trained: int = state["steps_trained"]
+    return trained
 
 
 def _load_checkpoint(comm: Communicator, path: Path) -> dict[str, Any]:
@@ -177,6 +183,11 @@ def open_folder(run: Run, path: Path) -> RunFolder | None:
     """On rank 0 only."""
     if run.comm.rank != 0:
         return None
+    # Once more: until this rank held the ledger, another run may have been at work here.
+    if run.options.resume:
+        folder.find(run.options.resume, path)
+    else:
+        folder.check_new(path)
     opened = RunFolder(path, run.options.tensorboard)
     if not run.options.resume:
         opened.begin(run.options.plain(), run.state)

@@ -101,7 +101,7 @@ def train(run: Run, folder: RunFolder | None) -> dict[str, Any] | None:
                 folder.append_metrics(figures)
             mark("evaluation")
             progress.epoch(figures, seconds / (optimizer.steps - begun))
-    if begun == run.steps:  # a run that was ended between its last step and its report
+    if begun >= run.steps:  # nothing was left: ended between its last step and its report, or all the rest was lost
         return summarise(run, evaluate(run), math.nan)
     return summarise(run, figures, seconds / (optimizer.steps - begun))
 

@@ -166,6 +166,28 @@ def test_what_cannot_be_written_is_not_spent(path: Path, monkeypatch: pytest.Mon
         DurableLedger(path / "below a file")
 
 
+def test_an_interrupt_while_a_line_is_written_leaves_a_ledger_that_can_be_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spending = DurableLedger(path)
+    spending.step(1.0, 0.1)
+    fsync = os.fsync
+
+    def interrupted(file: int) -> None:
+        fsync(file)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            spending.step(1.0, 0.1)
+    with pytest.raises(PrivacyError, match="closed"):  # a notebook, whose cell is run again
+        spending.step(1.0, 0.1)
+    spending.close()
+    assert ledger.read(path)[1.0, 0.1] >= 1
+    DurableLedger(path).close()
+
+
 def test_bad_arguments_reserve_nothing(path: Path) -> None:
     spending = DurableLedger(path)
     for wrong in ((-1.0, 0.1, 1), (1.0, 0.0, 1), (1.0, 0.1, -1)):
@@ -192,9 +214,9 @@ def test_a_forked_child_can_spend_nothing(path: Path) -> None:
     assert ledger.read(path) == {(1.0, 0.1): 2}
 
 
-def train(path: Path, steps: int, **arguments: object) -> tuple[list[int], float]:
+def train(path: Path, steps: int, seed: int | None = None, **arguments: object) -> tuple[list[int], float]:
     """Steps of a user's own loop: their numbers, and what the run has cost by then."""
-    engine = PrivacyEngine(accountant="rdp", ledger=path)
+    engine = PrivacyEngine(accountant="rdp", seed=seed, ledger=path)
     model = torch.nn.Linear(3, 1)
     common = {
         "module": model,
@@ -240,6 +262,20 @@ def test_a_calibrated_run_cannot_be_stretched_by_starting_it_again(path: Path) -
     with pytest.raises(PrivacyError, match="calibrated for 16 steps"):
         train(path, 1, target_epsilon=1.0, epochs=2)
     assert list(ledger.read(path).values()) == [16]
+
+
+def test_steps_with_a_seed_are_not_private_later_either(path: Path) -> None:
+    train(path, 3, seed=1, noise_multiplier=1.0)
+    content = path.read_bytes()
+    with pytest.raises(ArgumentError, match="of a run without a seed: this one was NOT PRIVATE"):
+        train(path, 1, noise_multiplier=1.0)
+    assert path.read_bytes() == content
+    train(path, 1, seed=2, noise_multiplier=1.0)
+    assert ledger.read(path) == {(1.0, 0.125): 4}
+    path.unlink()
+    DurableLedger(path).close()
+    with pytest.raises(ArgumentError, match="of a run with a seed"):
+        train(path, 3, seed=1, noise_multiplier=1.0)
 
 
 def test_shuffled_epochs_are_reserved_whole(path: Path) -> None:

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mpi import kill, launch
 
-from fastdp import ArgumentError, checkpoint, folder, ledger, train
+from fastdp import ArgumentError, checkpoint, comm, folder, ledger, run, train
 from fastdp.folder import RunFolder
 from fastdp.options import parse
 
@@ -210,6 +211,98 @@ def test_a_run_without_its_ledger_is_not_resumed(
     assert sorted((p, p.read_bytes()) for p in (tmp_path / "run").rglob("*.*")) == before
 
 
+def test_a_run_whose_last_steps_were_all_lost_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    crashed = ledger.DurableLedger(tmp_path / "run" / "ledger.jsonl")
+    crashed.step(1.0, 1024 / 32561, 50)  # reserved beyond the 64 steps of the run, whose noise is given
+    crashed.close()
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 90 and report["steps_lost"] == 50
+
+
+@pytest.mark.parametrize("moment", range(1, 7))
+def test_a_run_killed_before_it_was_begun_is_begun_again(moment: int, tmp_path: Path) -> None:
+    """At each fsync until run.json is there: what is left behind is nobody's, and --resume auto begins the run."""
+    output = tmp_path / "run"
+    child = os.fork()
+    if child == 0:
+        left, fsync = [moment], os.fsync
+
+        def killed(file: int) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(file)
+
+        os.fsync = killed  # type: ignore[assignment]
+        options = parse(["--noise-multiplier", "1", "--output", str(output)])
+        assert options is not None
+        path, alone = output, comm.init()
+        begun = run.make_run(options, alone, run.load_table(options), path)
+        run.open_folder(begun, path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert list(output.iterdir())
+    more = ["--epochs", "1", "--noise-multiplier", "1"] if not (output / "run.json").exists() else []
+    assert train.main(["--resume", "auto", "--output", str(output), *more]) == 0
+
+
+def test_what_another_run_left_is_not_taken_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    path = tmp_path / "run"
+    for name in ("run.json", "metrics.jsonl", "ledger.jsonl"):
+        with pytest.raises(ArgumentError, match="must be a folder that is empty"):
+            folder.check_new(path)
+        (path / name).unlink()
+    with pytest.raises(ArgumentError, match="must be a folder that is empty"):
+        folder.check_new(path)  # checkpoints of later steps
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_process_finished_meanwhile_is_not_written_over(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This process has looked at the folder, and waits for the ledger that the other holds until it is done."""
+    path, options = tmp_path / "run", ["--epochs", "2", "--noise-multiplier", "1", "--output", str(tmp_path / "run")]
+    if resume:
+        interrupted_run(path, monkeypatch)
+        options = ["--resume", str(path)]
+    make_run, finished = train.make_run, []
+
+    def late(*arguments: Any) -> Any:
+        if not finished:
+            finished.append(True)
+            assert train.main(options) == 0
+            finished.append((path / "model.pt").read_bytes())
+        return make_run(*arguments)
+
+    monkeypatch.setattr(train, "make_run", late)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(options)
+    assert f"error: {'resume' if resume else 'output'}='{path}': must be" in capsys.readouterr().err
+    assert (path / "model.pt").read_bytes() == finished[1]
+
+
+def test_the_checkpoint_is_read_when_the_ledger_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before that, the process that is being stopped may write another."""
+    interrupted_run(tmp_path / "run", monkeypatch)
+    load_newest = checkpoint.load_newest
+    monkeypatch.setattr(ledger, "LOCK_SECONDS", 0.0)
+
+    def held(path: Path) -> Any:
+        with pytest.raises(ArgumentError, match="still going on"):
+            ledger.DurableLedger(tmp_path / "run" / "ledger.jsonl")
+        return load_newest(path)
+
+    monkeypatch.setattr(checkpoint, "load_newest", held)
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+
+
 def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -228,6 +321,7 @@ def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch
     [
         (["--lr", "0.5"], "lr=0.5: must be None as in the run that is resumed"),
         (["--epochs", "3"], "epochs=3: must be 2 as in the run that is resumed"),
+        (["--noise-multiplier", "none"], "noise_multiplier=None: must be 1.0 as in the run"),
         (["--target-epsilon", "1"], "target_epsilon=1.0: must be None as in the run"),
         (["--seed", "1"], "seed=1: must be None as in the run"),
         (["--output", "elsewhere"], "output='elsewhere': must be absent, or the folder that is resumed"),
@@ -290,9 +384,20 @@ def test_lines_of_metrics_that_were_cut_off(tmp_path: Path, capsys: pytest.Captu
     output = RunFolder(tmp_path)
     output.append_metrics({"epoch": 2, "epsilon": 0.5})
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "epsilon": null}\n{"epoch": 2, "epsilon": 0.5}\n'
-    (tmp_path / "metrics.jsonl").write_text("{{{\n")
-    RunFolder(tmp_path)
-    assert "warning: curves.png will lack what was before" in capsys.readouterr().out
+    for damaged in (b"{{{\n", b"\xff\n", b"[1]\n"):
+        (tmp_path / "metrics.jsonl").write_bytes(damaged)
+        RunFolder(tmp_path)
+        assert "warning: curves.png will lack what was before" in capsys.readouterr().out
+
+
+def test_options_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ("[]", "3", "{", ""):
+        (tmp_path / "run.json").write_text(content)
+        assert train.main(["--resume", str(tmp_path)]) == 2
+        assert "must be a run whose run.json" in capsys.readouterr().err
+    for arguments in (["--resume", "a" * 300], ["--resume", "auto", "--output", "a" * 300]):
+        assert train.main(arguments) == 2
+        assert "a folder that can be read (File name too long)" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
