@@ -34,25 +34,31 @@ from fastdp.persample import Call
 from fastdp.tape import Tape, Taped, mark, plain
 
 PROBED_BATCHES = {1, 10, 100, 1000}
+UNDECIDED_BATCHES = 10
 
 _MEANS_OVER_COUNTED = (F.cross_entropy, F.nll_loss)
 
-_SCALINGS = {"div", "div_", "true_divide", "divide", "__truediv__", "__itruediv__"}
+_SCALINGS = {"div", "div_", "true_divide", "divide", "__truediv__", "__itruediv__", "__rtruediv__"}
 _SCALINGS |= {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
+_SCALINGS |= {"matmul", "__matmul__", "__rmatmul__", "dot", "vdot", "inner", "mv", "einsum"}
+
+# Of the number of records, by which a loss may be scaled: its square root, itself, its square.
+_POWERS = (0.5, 1.0, 2.0)
 
 
 class Probe:
     """Checks the root module and the loss at the first batch with two records or more, and now and then later.
 
     loss_is_mean: what the user said of the loss; the probe sees whether it is true.
-    sizes: expected batch sizes, by which a sum may be divided: constants, whatever the batch.
+    sizes: expected batch sizes, by which a loss may be divided: constants, whatever the batch.
     """
 
     def __init__(
         self, root: nn.Module, recorder: Recorder, loss_is_mean: bool, sizes: frozenset[int] = frozenset()
     ) -> None:
         self.root, self.recorder, self.loss_is_mean, self.sizes = root, recorder, loss_is_mean, sizes
-        self.undecided = False  # the last batch had just such a size
+        self.undecided = False  # whether the loss is scaled by the number of records: the next batch may tell
+        self.scales: tuple[int, list[float]] | None = None  # number of records and the scales of the last probed batch
         self.ignore_index: int | None = None  # a label that would leave its record out of the loss's mean
         self._batches = {True: 0, False: 0}  # of a single record, of more
         self._modes: set[tuple[bool, bool]] = set()  # where checked: root.training, and whether on a single record
@@ -131,8 +137,7 @@ class Probe:
             if func in _MEANS_OVER_COUNTED and kwargs.get("reduction", "mean") == "mean":
                 self._check_counted_mean(args, kwargs)
         self._check_functions(tape, loss)
-        if not self.loss_is_mean:
-            self._check_divisions(tape, gradient)
+        self._check_scales(tape, gradient)
         base, values, buffers = tape.replay(loss, gradient, lambda x: x)
         if not base:
             return
@@ -202,18 +207,31 @@ class Probe:
         if bool((target == self.ignore_index).any()):
             _refuse_ignored(self.ignore_index)
 
-    def _check_divisions(self, tape: Tape, gradient: Tensor | None) -> None:
-        """A sum divided by len(batch): one record more, and all the others' gradients shrink. Seen by the number."""
-        scales = [] if gradient is None else [gradient]
+    def _check_scales(self, tape: Tape, gradient: Tensor | None) -> None:
+        """A loss scaled by a number that follows len(batch): one record more, and the gradients of all others change.
+
+        A replay has such a number as a constant. It is known by its value, or by how it follows the number of records
+        from one probed batch to the next.
+        """
+        found = [] if gradient is None else [gradient]
         for func, args, kwargs, _ in tape.calls:
             if getattr(func, "__name__", "") in _SCALINGS:
-                scales += [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Taped)]
-        found = tape.rows > 1 and any(_is_count(x, tape.rows) for x in scales)
-        self.undecided = found and tape.rows in self.sizes
-        if found and not self.undecided:
+                found += [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Taped)]
+        rows, scales = tape.rows, [scale for x in found if (scale := _scale_of(x)) is not None]
+        is_count = rows > 1 and any(math.isclose(x, count, rel_tol=1e-6) for x in scales for count in (rows, 1 / rows))
+        before, self.scales = self.scales, (rows, scales)
+        compared = before is not None and before[0] != rows and len(before[1]) == len(scales)
+        follows = (
+            compared
+            and before is not None
+            and any(_follows(x / y, rows / before[0]) for x, y in zip(scales, before[1], strict=True))
+        )
+        # Batches of one size (shuffled ones) never tell, and are not coupled by it.
+        self.undecided = bool(scales) and self._batches[False] < UNDECIDED_BATCHES and (not compared or is_count)
+        if follows or (is_count and rows not in self.sizes):
             raise PrivacyError(
-                f"loss: it is multiplied or divided by {tape.rows}, the number of records in the batch, which couples "
-                "them: use reduction='mean' and loss_reduction='mean', or divide by the expected batch size"
+                f"loss: it is multiplied or divided by a number that follows {rows}, the number of records in the "
+                "batch, which couples them: use reduction='mean' and loss_reduction='mean', or the expected batch size"
             )
 
     def _check_reduction(
@@ -228,7 +246,7 @@ class Probe:
             return x[:half].clone() if x.dim() and x.shape[0] == tape.rows else x
 
         try:
-            smaller, numbers, _ = tape.replay(loss, gradient, keep)
+            smaller, _, _ = tape.replay(loss, gradient, keep)
         except (RuntimeError, ValueError, IndexError):
             return  # the loop has the batch's size as a constant: this cannot be seen
         if not tape.drew:
@@ -240,8 +258,7 @@ class Probe:
         is_mean = after / before > (tape.rows / half) ** 0.5
         if is_mean != self.loss_is_mean:
             found, said = ("mean", "sum") if is_mean else ("sum", "mean")
-            hidden = " (a division by len() or a shape is not seen: use reduction='mean')" if numbers != values else ""
-            raise PrivacyError(f"loss_reduction={said!r}: must be {found!r}, which is what the loss does{hidden}")
+            raise PrivacyError(f"loss_reduction={said!r}: must be {found!r}, which is what the loss does")
 
     def passed(self, uses: int) -> None:
         self._modes.add(self._mode)
@@ -287,13 +304,18 @@ def _check_batch(batch: Any, rows: int) -> None:
         raise PrivacyError("data_loader: no tensor of the batch has a record in each row")
 
 
-def _is_count(x: Any, rows: int) -> bool:
-    """Whether a factor of the loss is the number of records, or one over it."""
-    if isinstance(x, Tensor) and x.numel() == 1 and not x.is_complex():
-        x = x.item()
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        return False
-    return any(math.isclose(abs(x), count, rel_tol=1e-6) for count in (rows, 1.0 / rows))
+def _scale_of(x: Any) -> float | None:
+    """The size of what a loss may be multiplied by, other than its records."""
+    if isinstance(x, Tensor) and x.numel() and x.is_floating_point():
+        x = x.detach().abs().max().item()
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or x == 0 or not math.isfinite(x):
+        return None
+    return abs(float(x))
+
+
+def _follows(ratio: float, of_rows: float) -> bool:
+    """Whether one grew as a power of the other; rounding of float32 included."""
+    return any(math.isclose(ratio, of_rows**power, rel_tol=1e-6) for p in _POWERS for power in (p, -p))
 
 
 def _refuse_ignored(index: int) -> None:

@@ -316,7 +316,7 @@ def test_a_model_that_divides_by_the_number_of_records_is_refused() -> None:
 
 @pytest.mark.parametrize("count", [len, lambda y: y.shape[0]])
 def test_a_division_by_the_number_of_records_is_explained(count) -> None:
-    with pytest.raises(PrivacyError, match=r"a division by len\(\) or a shape is not seen: use reduction='mean'"):
+    with pytest.raises(PrivacyError, match=r"follows \d+, the number of records .*: use reduction='mean'"):
         run(mlp(), lambda out, y: F.cross_entropy(out, y, reduction="sum") / count(y))
 
 
@@ -456,18 +456,25 @@ def test_each_mode_is_probed() -> None:
                 module.train()
 
 
-DIVISIONS = {
-    "len": lambda losses: losses.sum() / len(losses),
-    "shape": lambda losses: losses.sum().mul(1 / losses.shape[0]),
-    "in place": lambda losses: losses.sum().div_(losses.numel()),
-    "a tensor": lambda losses: losses.sum() / torch.tensor(float(len(losses))),
-    "each": lambda losses: (losses / len(losses)).sum(),
+SCALED = {
+    "len": ("sum", lambda losses: losses.sum() / len(losses)),
+    "shape": ("sum", lambda losses: losses.sum().mul(1 / losses.shape[0])),
+    "in place": ("sum", lambda losses: losses.sum().div_(losses.numel())),
+    "a tensor": ("sum", lambda losses: losses.sum() / torch.tensor(float(len(losses)))),
+    "each": ("sum", lambda losses: (losses / len(losses)).sum()),
+    "half": ("sum", lambda losses: losses.sum() / (2 * len(losses))),
+    "root": ("sum", lambda losses: losses.sum() / len(losses) ** 0.5),
+    "weights": ("sum", lambda losses: (losses * torch.full((len(losses),), 0.5 / len(losses))).sum()),
+    "dot": ("sum", lambda losses: torch.full((len(losses),), 3.0 / len(losses)) @ losses),
+    "mean": ("mean", lambda losses: losses.mean() * len(losses)),
+    "mean over a constant": ("mean", lambda losses: losses.mean() * (len(losses) / 32)),
 }
 
 
-@pytest.mark.parametrize("name", DIVISIONS)
-def test_a_sum_divided_by_the_number_of_records_is_refused(name: str) -> None:
-    """It is no mean to a replay, which has the number as a constant; and obeying "must be 'sum'" would be worse."""
+@pytest.mark.parametrize("name", SCALED)
+def test_a_loss_scaled_by_the_number_of_records_is_refused(name: str) -> None:
+    """To a replay the number is a constant; one record more, and the gradients of all others change."""
+    reduction, loss_of = SCALED[name]
     model = nn.Linear(4, 1)
     _, optimizer, loader = PrivacyEngine(seed=1).make_private(
         module=model,
@@ -475,14 +482,16 @@ def test_a_sum_divided_by_the_number_of_records_is_refused(name: str) -> None:
         data_loader=DataLoader(TensorDataset(torch.randn(100, 4)), batch_size=20),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
-        loss_reduction="sum",
+        loss_reduction=reduction,
     )
-    with pytest.raises(PrivacyError, match=r"loss: it is multiplied or divided by \d+, the number of records"):
+    with pytest.raises(
+        PrivacyError, match=r"loss: it is multiplied or divided by a number that follows \d+, the number"
+    ):
         for (x,) in loader:
             optimizer.zero_grad()
-            DIVISIONS[name](model(x).squeeze(1).square()).backward()
+            loss_of(model(x).squeeze(1).square()).backward()
             optimizer.step()
-    assert optimizer.steps <= 1  # one if the first batch had just the expected size
+    assert optimizer.steps <= 1
 
 
 @pytest.mark.parametrize("divisor", [20, 7.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch
 from mpi import kill, launch
 
-from fastdp import ArgumentError, checkpoint, comm, folder, ledger, run, train
+from fastdp import ArgumentError, checkpoint, comm, data, folder, ledger, run, train
 from fastdp.folder import RunFolder
 from fastdp.options import parse
 
@@ -303,6 +304,19 @@ def test_the_checkpoint_is_read_when_the_ledger_is_held(tmp_path: Path, monkeypa
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
 
 
+def test_another_table_is_not_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    whole = data.load("adult")
+    less = dataclasses.replace(whole, train_features=whole.train_features[1:], train_labels=whole.train_labels[1:])
+    monkeypatch.setattr(data, "load", lambda *_: less)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--resume", str(tmp_path / "run")])
+    message = "data='32560 training records': must be the table of the run that is resumed, of 32561"
+    assert message in capsys.readouterr().err
+
+
 def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -324,6 +338,11 @@ def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch
         (["--noise-multiplier", "none"], "noise_multiplier=None: must be 1.0 as in the run"),
         (["--target-epsilon", "1"], "target_epsilon=1.0: must be None as in the run"),
         (["--seed", "1"], "seed=1: must be None as in the run"),
+        (["--max-grad-norm", "1"], "max_grad_norm=1.0: must be 4.0 as in the run"),
+        (["--delta", "1e-6"], "delta=1e-06: must be 1e-05 as in the run"),
+        (["--batch-size", "512"], "batch_size=512: must be 1024 as in the run"),
+        (["--model", "logistic"], "model='logistic': must be 'mlp:32' as in the run"),
+        (["--data", "x.csv"], "data='x.csv': must be 'adult' as in the run"),
         (["--output", "elsewhere"], "output='elsewhere': must be absent, or the folder that is resumed"),
     ],
 )

@@ -31,6 +31,7 @@ class Run:
     def __init__(self, folder: Path, chance: random.Random) -> None:
         self.folder, self.diary, self.chance = folder / "run", folder / "diary", chance
         self.diary.mkdir(parents=True)
+        self.calibrated = chance.random() < 0.5
         self.executed: list[int] = []
         self.keys: list[str] = []
 
@@ -39,7 +40,8 @@ class Run:
         assert mpirun
         flags = ["--oversubscribe"] if launch.is_open_mpi() else []
         command = [sys.executable, str(launch.HERE / "observed_train.py"), str(self.diary)]
-        options = f"--epochs {EPOCHS} --target-epsilon {TARGET} --accountant rdp --checkpoint-every 0.3 --timeout 20"
+        noise = f"--target-epsilon {TARGET}" if self.calibrated else "--noise-multiplier 1.5"
+        options = f"--epochs {EPOCHS} {noise} --accountant rdp --checkpoint-every 0.3 --timeout 20"
         where = ["--output", str(self.folder), "--resume", "auto"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         with open(self.diary / "output", "ab") as output:
@@ -79,14 +81,17 @@ class Run:
         assert process.wait(timeout=180) == 0, (self.diary / "output").read_text()
         self.check()
         report: dict[str, float] = json.loads((self.folder / "report.json").read_text())
-        assert report["steps"] == STEPS and report["steps_lost"] >= STEPS - len(self.executed), report
+        steps = report["steps"]
+        assert steps == STEPS or (steps > STEPS and not self.calibrated), report
+        assert report["steps_lost"] >= steps - len(self.executed), report
         events = ledger.read(self.folder / "ledger.jsonl")
         ((event, spent),) = events.items()
-        assert spent == STEPS
+        assert spent == steps
         released = accounting.epsilon(
             noise_multiplier=event[0], sample_rate=event[1], steps=len(self.executed), delta=1e-5, accountant="rdp"
         )
-        assert released <= report["epsilon"] <= TARGET, (released, report)
+        assert released <= report["epsilon"], (released, report)
+        assert not self.calibrated or report["epsilon"] <= TARGET, report
         return report
 
     def check(self) -> str:
@@ -94,7 +99,8 @@ class Run:
         assert self.executed == sorted(set(self.executed)), "a step was done twice"
         path = self.folder / "ledger.jsonl"
         spent = sum(ledger.read(path).values()) if path.exists() and path.stat().st_size else 0
-        assert len(self.executed) <= spent <= STEPS, (len(self.executed), spent)
+        assert len(self.executed) <= spent, (len(self.executed), spent)
+        assert not self.calibrated or spent <= STEPS, spent
         assert not self.executed or self.executed[-1] <= spent
         state, damaged = checkpoint.load_newest(self.folder / "checkpoints")
         assert not damaged
