@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fastdp.comm import Communicator, init
-from fastdp.errors import ArgumentError, CommError
+from fastdp.errors import ArgumentError, CommError, PrivacyError
 from fastdp.launch import launched_ranks
 
+FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
@@ -43,15 +44,18 @@ def agree(comm: Communicator, problem: str | None) -> None:
         sys.exit(USAGE_ERROR)
 
 
-def end_all_ranks(comm: Communicator) -> None:
-    """Print the exception once and end the job; returns only where this is the only rank."""
-    if comm.size == 1:
-        return
+def end_all_ranks(comm: Communicator, error: Exception) -> int:
+    """Print the error once, end the job and return the exit status: one line for what fastdp raises on purpose."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not leave the others waiting
     if comm.rank != 0:
         time.sleep(3.0)  # where all ranks fail alike, rank 0 speaks; the others are ended before they wake
-    tell(f"rank {comm.rank} of {comm.size}:\n{traceback.format_exc()}")
-    comm.abort(1)
+    if isinstance(error, (PrivacyError, CommError)):
+        complain(" ".join(str(error).split()))
+    else:
+        tell(f"rank {comm.rank} of {comm.size}:\n{traceback.format_exc()}")
+    if comm.size > 1:
+        comm.abort(FAILED)
+    return FAILED
 
 
 def interrupted(comm: Communicator, where: str) -> int:

@@ -171,9 +171,8 @@ def run_on_all_ranks(options: Options) -> int:
     except KeyboardInterrupt:
         where = "before the first step" if run is None else f"{run.spent}; go on with --resume {path}"
         return interrupted(comm, where)
-    except Exception:
-        end_all_ranks(comm)
-        raise
+    except Exception as error:
+        return end_all_ranks(comm, error)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -304,3 +304,24 @@ def test_an_exception_ends_all_ranks_and_is_printed_once(failing: str, tmp_path:
     assert done.returncode != 0
     assert done.stdout.count("RuntimeError: this rank has had enough") == 1, done.stdout
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+class Coupled(torch.nn.Module):
+    """A model that standardises the batch: found when it is first run."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(inputs, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x - x.mean(0))
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_what_is_refused_while_it_trains_is_one_line(ranks: int, tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    more = ["--epochs", "1", "--noise-multiplier", "1", "--output", str(tmp_path / "run")]
+    done = train_cli("--model", "test_train:Coupled", *more, ranks=ranks, PYTHONPATH=path)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("fastdp.train: error: layer 'layer': its input for a record depends on the other rec") == 1
