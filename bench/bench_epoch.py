@@ -7,7 +7,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastdp import PrivacyEngine, data
-from fastdp.train import Options, build_model, loss_of
+from fastdp.models import build_model
+from fastdp.options import Options
+from fastdp.train import loss_of
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
@@ -18,7 +20,7 @@ def bench_epoch_of_adult_against_torch(pair, benchmark, threads: int) -> None:
 
     def made() -> tuple[torch.nn.Module, torch.optim.SGD]:
         module = build_model(options.model, (width,), table.outputs)
-        return module, torch.optim.SGD(module.parameters(), lr=options.lr, momentum=options.momentum)
+        return module, torch.optim.SGD(module.parameters(), lr=options.learning_rate, momentum=options.momentum)
 
     plain, plain_optimizer = made()
     private, optimizer = made()
