@@ -62,7 +62,7 @@ def test_a_forked_process_cannot_repeat_the_noise(loop) -> None:
     child = os.fork()
     if child == 0:
         try:
-            torch.set_num_threads(1)  # the team of the parent's OpenMP threads is not there: the child would wait for it
+            torch.set_num_threads(1)  # the parent's OpenMP threads are not there: the child would wait for them
             next(iter(loader))
             os.write(write, b"drew")
         except PrivacyError as error:
