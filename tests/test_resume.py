@@ -230,6 +230,9 @@ def test_a_run_killed_before_it_was_begun_is_begun_again(moment: int, tmp_path: 
     output = tmp_path / "run"
     child = os.fork()
     if child == 0:
+        # The parent's OpenMP threads are not there: the child would wait for them.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
         left, fsync = [moment], os.fsync
 
         def killed(file: int) -> None:
