@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 
-from fastdp.disk import write_whole
+from fastdp.disk import make_folder, write_whole
 
 FORMAT: Final = "fastdp checkpoint 1"
 KEPT: Final = 2
@@ -20,7 +20,7 @@ KEPT: Final = 2
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     """Write `state` as the checkpoint of `step`, and remove older ones. OSError: there is no room."""
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     write_whole(folder / f"step-{step:010d}.pt", lambda file: torch.save({"format": FORMAT, **state}, file))
     for old in _newest_first(folder)[KEPT:]:
         old.unlink(missing_ok=True)

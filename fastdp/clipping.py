@@ -7,19 +7,24 @@ and the sum is one matrix product per weight, (factor * b)^T a. For other module
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
 
-from fastdp import native
-from fastdp.errors import PrivacyError
+from fastdp import native, rules
+from fastdp.errors import ArgumentError, PrivacyError, require
 from fastdp.layers import LinearUse
 from fastdp.persample import Call
 
 # A record's rounded products may exceed its norm by 2^-23 of the sum of their lengths when they cancel (sequences).
 ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51}
+
+# Parameters start on cache lines of the flat buffer: 16 floats.
+ALIGNMENT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,3 +252,25 @@ def _join(parts: list[Any]) -> Tensor:
     else:
         joined = torch.cat([x.reshape(x.shape[0], -1, x.shape[-1]) for x in parts], dim=1)
     return joined.contiguous()
+
+
+def spans_of(module: nn.Module, optimizer: Optimizer) -> list[Span]:
+    """The managed parameters' places in the flat buffer; they must be just the ones that the optimizer steps."""
+    require(isinstance(module, nn.Module), "module", module, "an nn.Module")
+    require(isinstance(optimizer, Optimizer), "optimizer", optimizer, "a torch.optim.Optimizer")
+    if isinstance(optimizer, LBFGS):
+        raise ArgumentError("optimizer", "LBFGS", "one that does not evaluate a batch more than once")
+    rules.check(module)
+    stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    spans, offset = [], 0
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        require(p in stepped, f"optimizer: parameter {name}", "absent", "in the optimizer, or not require a gradient")
+        require(p.is_contiguous(), f"{name}.stride()", p.stride(), "contiguous")
+        stepped.discard(p)
+        spans.append(Span(name, p, offset, p.shape))
+        offset += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
+    if any(p.requires_grad for p in stepped):
+        raise ArgumentError("optimizer", f"{len(stepped)} parameters", "parameters of the module only")
+    return spans

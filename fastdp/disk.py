@@ -31,6 +31,14 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], mode: int = 0o644
     sync_folder(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """`path` and what it lies in, there after a stop of the machine too."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_folder(each.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """The name of a new file to disk, too; some network file systems refuse, and have it there anyway."""
     descriptor = os.open(folder, os.O_RDONLY)

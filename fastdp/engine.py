@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import numbers
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fastdp import accounting, layers, rules
-from fastdp.clipping import GradientSum, Span
+from fastdp import accounting, layers, ledger
+from fastdp.clipping import GradientSum, Span, spans_of
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, require
 from fastdp.launch import launched_ranks
-from fastdp.ledger import DurableLedger
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.plan import Plan
 from fastdp.probe import Probe
 from fastdp.sampling import BatchSampler, PrivateLoader, check_loader
 from fastdp.secret import SecretKey
 
-# Parameters start on cache lines of the flat buffer: 16 floats.
-ALIGNMENT = 16
+
+class Target(NamedTuple):
+    """What the noise was calibrated for."""
+
+    epsilon: float
+    delta: float
 
 
 class PrivacyEngine:
@@ -37,6 +39,8 @@ class PrivacyEngine:
     ledger: a file that holds what the run spends, whatever ends it (fastdp/ledger.py). If it exists, the run goes on:
         what is in it is spent, a calibrated run has so many steps less, and `optimizer.steps` begins there. The key is
         always new. Save and load the state_dicts of model and optimizer yourself. None: spent is known in memory only.
+    secure_mode: hardening against floating-point attacks (Mironov 2012), not there yet. What Opacus calls so, noise
+        from a cryptographic generator, is what every run has.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class PrivacyEngine:
         accountant: accounting.AccountantName = "pld",
         seed: int | None = None,
         ledger: str | os.PathLike[str] | None = None,
+        secure_mode: bool = False,
     ) -> None:
+        _check_secure_mode(secure_mode)
         require(
             seed is None or (isinstance(seed, int) and 0 <= seed < 2**63), "seed", seed, "None or an int in [0, 2^63)"
         )
@@ -120,7 +126,7 @@ class PrivacyEngine:
         records, batch_size = self._check(data_loader, clipping, loss_reduction, max_physical_batch_size, secure_mode)
         plan = self._plan(records, batch_size, dataset_size, 0.0, max_grad_norm, poisson_sampling, None)
         steps = epochs * plan.steps_per_epoch
-        dimension = sum(s.numel for s in _spans(module, optimizer))
+        dimension = sum(s.numel for s in spans_of(module, optimizer))
         tail = 0.0
         for _ in range(2):  # the second time, less delta is left, so the noise grows and its tail shrinks
             sigma = accounting.noise_multiplier(
@@ -138,15 +144,21 @@ class PrivacyEngine:
                 f"> {2 * tail:.2g}, twice what the noise's cut tails use up at noise multiplier {sigma:.3g}",
             )
         plan = self._plan(records, batch_size, dataset_size, sigma, max_grad_norm, poisson_sampling, steps)
-        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, max_physical_batch_size, comm)
+        target, piece = Target(target_epsilon, target_delta), max_physical_batch_size
+        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, piece, comm, target)
 
     def get_epsilon(self, delta: float) -> float:
         """Upper bound on the epsilon spent so far at `delta`, the noise's cut tails included; 0.0 before any step."""
         return self.ledger.epsilon_of_sampler(delta, self._dimension)
 
+    @property
+    def accountant(self) -> PrivacyEngine:
+        """The engine keeps its own account; scripts for Opacus ask `engine.accountant.get_epsilon(delta)`."""
+        return self
+
     def close(self) -> None:
         """End the run: what its ledger file reserved and did not use is given back. No step can follow."""
-        if isinstance(self.ledger, DurableLedger):
+        if isinstance(self.ledger, ledger.DurableLedger):
             self.ledger.close()
 
     def assumptions(self) -> list[str]:
@@ -170,7 +182,7 @@ class PrivacyEngine:
         piece = max_physical_batch_size
         whole = piece is None or (isinstance(piece, int) and not isinstance(piece, bool) and piece >= 1)
         require(whole, "max_physical_batch_size", piece, "None or an int >= 1")
-        require(not secure_mode, "secure_mode", secure_mode, "False in this version")
+        _check_secure_mode(secure_mode)
         return check_loader(data_loader)
 
     def _plan(
@@ -205,6 +217,7 @@ class PrivacyEngine:
         loss_reduction: str,
         piece: int | None,
         comm: Communicator | None,
+        target: Target | None = None,
     ) -> tuple[nn.Module, PrivateOptimizer, PrivateLoader]:
         if comm is None and launched_ranks() > 1:
             raise ArgumentError(
@@ -212,10 +225,11 @@ class PrivacyEngine:
                 None,
                 "fastdp.comm.init() under mpirun, or fastdp.comm.init(MPI.COMM_SELF) for a model of this rank's own",
             )
-        spans = _spans(module, optimizer)
+        spans = spans_of(module, optimizer)
+        self._dimension = sum(s.numel for s in spans)
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
         key = self._shared_key(plan, records, spans, optimizer, comm)
-        self._open_ledger(plan, comm)
+        self._open_ledger(plan, target, comm)
         recorder = layers.Recorder()
         layers.attach(module, recorder)
         loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size), piece)
@@ -243,34 +257,26 @@ class PrivacyEngine:
             loss_is_mean=loss_reduction == "mean",
             comm=comm if size > 1 else None,
         )
-        self.plan, self._dimension = plan, sum(s.numel for s in spans)
+        self.plan = plan
         return module, private, loader
 
-    def _open_ledger(self, plan: Plan, comm: Communicator | None) -> None:
-        """Rank 0 holds the file: no step is released before rank 0's part of its sum, which comes after the record."""
+    def _open_ledger(self, plan: Plan, target: Target | None, comm: Communicator | None) -> None:
         if self._ledger_path is None:
             return
-        events: dict[accounting.Event, int] | ArgumentError = {}
-        if comm is None or comm.rank == 0:
-            try:
-                self.ledger = DurableLedger(
-                    self._ledger_path, self.ledger.accountant, plan.events, seeded=self.seed is not None
-                )
-                events = self.ledger.events
-                others = set(events) - {plan.event}
-                if plan.steps is not None and others:
-                    self.ledger.close()
-                    bound = f"{plan.event}, (noise multiplier, sample rate), for which the noise was calibrated"
-                    raise ArgumentError("ledger: event", others.pop(), bound)
-            except ArgumentError as error:
-                events = error
-        if comm is not None:
-            events = comm.bcast_object(events, 0)
-        if isinstance(events, ArgumentError):
-            raise events
-        if comm is not None and comm.rank != 0:
-            for event, count in events.items():
-                self.ledger.step(*event, count)
+        self.ledger = ledger.hold(self._ledger_path, self.ledger.accountant, plan.events, self.seed is not None, comm)
+        if plan.events is None or target is None or not set(self.ledger.events) - {plan.event}:
+            return
+        # Other noise than this, or the same by another release of dp-accounting: what it costs in all decides.
+        whole = accounting.Ledger(self.ledger.accountant)
+        for event, count in self.ledger.events.items():
+            whole.step(*event, count)
+        if plan.events > whole.steps:
+            whole.step(*plan.event, plan.events - whole.steps)
+        cost = whole.epsilon_of_sampler(target.delta, self._dimension)
+        if not cost <= target.epsilon:
+            self.close()
+            bound = f"at most target_epsilon={target.epsilon} with the steps in {self._ledger_path}, of other noise"
+            raise ArgumentError("ledger: epsilon", cost, bound)
 
     def _shared_key(
         self, plan: Plan, records: int, spans: list[Span], optimizer: Optimizer, comm: Communicator | None
@@ -293,23 +299,5 @@ class PrivacyEngine:
         return SecretKey(secret)
 
 
-def _spans(module: nn.Module, optimizer: Optimizer) -> list[Span]:
-    """The managed parameters' places in the flat buffer; they must be just the ones that the optimizer steps."""
-    require(isinstance(module, nn.Module), "module", module, "an nn.Module")
-    require(isinstance(optimizer, Optimizer), "optimizer", optimizer, "a torch.optim.Optimizer")
-    if isinstance(optimizer, LBFGS):
-        raise ArgumentError("optimizer", "LBFGS", "one that does not evaluate a batch more than once")
-    rules.check(module)
-    stepped = {p for group in optimizer.param_groups for p in group["params"]}
-    spans, offset = [], 0
-    for name, p in module.named_parameters():
-        if not p.requires_grad:
-            continue
-        require(p in stepped, f"optimizer: parameter {name}", "absent", "in the optimizer, or not require a gradient")
-        require(p.is_contiguous(), f"{name}.stride()", p.stride(), "contiguous")
-        stepped.discard(p)
-        spans.append(Span(name, p, offset, p.shape))
-        offset += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
-    if any(p.requires_grad for p in stepped):
-        raise ArgumentError("optimizer", f"{len(stepped)} parameters", "parameters of the module only")
-    return spans
+def _check_secure_mode(secure_mode: bool) -> None:
+    require(not secure_mode, "secure_mode", secure_mode, "False in this version; the noise is cryptographic anyway")

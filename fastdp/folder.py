@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Final
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from fastdp import checkpoint, ledger
-from fastdp.disk import write_whole
+from fastdp.disk import make_folder, write_whole
 from fastdp.errors import ArgumentError, require
 from fastdp.report import draw, say
 
@@ -71,6 +72,8 @@ def check_new(path: Path) -> None:
     if not taken and LEDGER in names:
         taken = bool(ledger.read(path / LEDGER))
     require(not taken, "output", str(path), "a folder that is empty or does not exist")
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    require(os.access(nearest, os.W_OK), "output", str(path), f"a folder that can be written to, as {nearest} cannot")
 
 
 class RunFolder:
@@ -82,7 +85,7 @@ class RunFolder:
         self._history: list[dict[str, Any]] = []
         self._has_room = True
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             with open(path / METRICS, "ab+") as file:
                 self._read_metrics(file)
             self._board = _board(path / "tensorboard") if tensorboard else None

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from fastdp.accounting import AccountantName, Event, Ledger
-from fastdp.disk import sync_folder
+from fastdp.comm import Communicator
+from fastdp.disk import make_folder, sync_folder
 from fastdp.errors import ArgumentError, PrivacyError, require
 
 FORMAT: Final = "fastdp ledger 1"
@@ -81,7 +82,7 @@ class DurableLedger(Ledger):
         self._shut()
 
     def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         new = not self.path.exists()
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._is_open = True
@@ -143,6 +144,29 @@ class DurableLedger(Ledger):
             self._shut()
             raise
         self._lines += 1
+
+
+def hold(path: Path, accountant: AccountantName, limit: int | None, seeded: bool, comm: Communicator | None) -> Ledger:
+    """The run's ledger on every rank; `DurableLedger` has the arguments. Raises ArgumentError on all ranks.
+
+    Rank 0's holds the file: no step is released before rank 0's part of its sum, which comes after the record.
+    """
+    held = Ledger(accountant)
+    events: dict[Event, int] | ArgumentError = {}
+    if comm is None or comm.rank == 0:
+        try:
+            held = DurableLedger(path, accountant, limit, seeded)
+            events = held.events
+        except ArgumentError as error:
+            events = error
+    if comm is not None:
+        events = comm.bcast_object(events, 0)
+    if isinstance(events, ArgumentError):
+        raise events
+    if comm is not None and comm.rank != 0:
+        for event, count in events.items():
+            held.step(*event, count)
+    return held
 
 
 def read(path: Path) -> dict[Event, int]:

@@ -79,6 +79,11 @@ class Run:
         mark = "" if self.is_private else " (NOT PRIVATE)"
         return f"after {self.optimizer.steps} steps, which cost epsilon={epsilon}{mark}"
 
+    def interrupted(self, path: Path) -> str:
+        """For a user who would not wait: what it cost, and what to do now."""
+        finished = (path / folder.REPORT).exists()
+        return f"{self.spent}; " + (f"{path} has its report" if finished else f"go on with --resume {path}")
+
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds; the steps it lacks are in the ledger."""
@@ -88,6 +93,7 @@ class Run:
             "steps": self.optimizer.steps,
             "steps_trained": self.steps_trained,
             "training_records": len(self.table.train_labels),
+            "declaration": self.table.declaration,
         }
 
 
@@ -140,6 +146,8 @@ def _restore(comm: Communicator, model: nn.Module, optimizer: PrivateOptimizer, 
     state = _load_checkpoint(comm, path)
     n, had = len(table.train_labels), state["training_records"]
     require(n == had, "data", f"{n} training records", f"the table of the run that is resumed, of {had}")
+    declared = state["declaration"]
+    require(table.declaration == declared, "schema", table.declaration, f"that of the run that is resumed, {declared}")
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

@@ -49,6 +49,11 @@ class Table:
         """Outputs of a model of this table: a logit per class, one for two classes, one for a target."""
         return self.num_classes if self.task == "multi-class" else 1
 
+    @property
+    def declaration(self) -> str:
+        """What its columns are; public."""
+        return repr((self.feature_names, self.class_names, self.target))
+
 
 def check(table: Table) -> None:
     """Refuse a table that cannot be trained on; the user's code may have made it.
@@ -97,7 +102,7 @@ def check_same(comm: Communicator, table: Table) -> None:
     """
     if comm.size == 1:
         return
-    digest = hashlib.blake2b(repr((table.feature_names, table.class_names, table.target)).encode())
+    digest = hashlib.blake2b(table.declaration.encode())
     for tensor in (table.train_features, table.train_labels, table.test_features, table.test_labels):
         digest.update(repr((tensor.shape, tensor.dtype)).encode())
         digest.update(tensor.detach().contiguous().numpy().data)

@@ -169,15 +169,14 @@ def run_on_all_ranks(options: Options) -> int:
         made.engine.close()
         return INTERRUPTED if summary is None else status
     except KeyboardInterrupt:
-        where = "before the first step" if run is None else f"{run.spent}; go on with --resume {path}"
-        return interrupted(comm, where)
+        return interrupted(comm, "before the first step" if run is None else run.interrupted(path))
     except Exception as error:
         return end_all_ranks(comm, error)
 
 
 def main(arguments: list[str] | None = None) -> int:
     report.print_what_can_be_printed()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options = parse(arguments)
         return 0 if options is None else run_on_all_ranks(options)
@@ -185,6 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
         return usage_error(error)
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

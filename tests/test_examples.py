@@ -165,11 +165,11 @@ from opacus import PrivacyEngine
 from torch import nn
 from torch.utils.data import DataLoader
 
-train_loader = DataLoader(train_dataset, batch_size=50)
+train_loader = DataLoader(train_dataset, batch_size=50, num_workers=1, pin_memory=True)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
 criterion = nn.CrossEntropyLoss()
 
-privacy_engine = PrivacyEngine(accountant="rdp")
+privacy_engine = PrivacyEngine(accountant="rdp", secure_mode=False)
 model, optimizer, train_loader = privacy_engine.make_private(
     module=model,
     optimizer=optimizer,
@@ -192,7 +192,7 @@ model.eval()
 with torch.no_grad():
     images, labels = test_dataset.tensors
     accuracy = (model(images).argmax(dim=1) == labels).float().mean().item()
-epsilon = privacy_engine.get_epsilon(delta=1e-5)
+epsilon = privacy_engine.accountant.get_epsilon(delta=1e-5)
 """
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastdp import ArgumentError, PrivacyEngine, PrivacyError, ledger
+from fastdp import ArgumentError, PrivacyEngine, PrivacyError, accounting, ledger
 from fastdp.ledger import DurableLedger
 
 
@@ -39,8 +39,8 @@ def test_a_run_that_ends_in_good_order_has_spent_its_steps(path: Path) -> None:
 
 def test_steps_are_on_disk_before_they_are_counted(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(os, "fsync", lambda file: synced.append(sum(ledger.read(path).values())))
     spending = DurableLedger(path)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(sum(ledger.read(path).values())))
     for steps in range(1, 200):
         spending.step(1.0, 0.1)
         assert synced[-1] >= steps == spending.steps
@@ -257,11 +257,25 @@ def test_a_calibrated_run_cannot_be_stretched_by_starting_it_again(path: Path) -
     with pytest.raises(PrivacyError, match="step 17: the noise was calibrated for 16 steps"):
         train(path, 6, target_epsilon=1.0, epochs=2)
     assert list(ledger.read(path).values()) == [16]
-    with pytest.raises(ArgumentError, match="for which the noise was calibrated"):
-        train(path, 1, target_epsilon=2.0, epochs=2)
+    with pytest.raises(ArgumentError, match=r"ledger: epsilon=0\.99\d+: must be at most target_epsilon=0\.5 with"):
+        train(path, 1, target_epsilon=0.5, epochs=2)
     with pytest.raises(PrivacyError, match="calibrated for 16 steps"):
         train(path, 1, target_epsilon=1.0, epochs=2)
     assert list(ledger.read(path).values()) == [16]
+
+
+def test_a_calibrated_run_goes_on_with_other_noise_within_its_target(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(path, 11, target_epsilon=1.0, epochs=2)
+    calibrate = accounting.noise_multiplier  # as another release of dp-accounting may find it
+    monkeypatch.setattr(accounting, "noise_multiplier", lambda **kwargs: calibrate(**kwargs) * (1 - 1e-9))
+    _, epsilon = train(path, 5, target_epsilon=1.0, epochs=2)
+    assert 0.99 < epsilon <= 1.0
+    assert sorted(ledger.read(path).values()) == [5, 11]
+    monkeypatch.undo()
+    done, epsilon = train(path, 16, target_epsilon=2.0, epochs=4)  # a larger budget for more epochs
+    assert done == list(range(17, 33)) and 1.0 < epsilon <= 2.0
 
 
 def test_steps_with_a_seed_are_not_private_later_either(path: Path) -> None:

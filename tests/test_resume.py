@@ -224,7 +224,7 @@ def test_a_run_whose_last_steps_were_all_lost_is_finished(
     assert report["steps"] == 90 and report["steps_lost"] == 50
 
 
-@pytest.mark.parametrize("moment", range(1, 7))
+@pytest.mark.parametrize("moment", range(1, 9))
 def test_a_run_killed_before_it_was_begun_is_begun_again(moment: int, tmp_path: Path) -> None:
     """At each fsync until run.json is there: what is left behind is nobody's, and --resume auto begins the run."""
     output = tmp_path / "run"
@@ -249,7 +249,7 @@ def test_a_run_killed_before_it_was_begun_is_begun_again(moment: int, tmp_path: 
         run.open_folder(begun, path)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert list(output.iterdir())
+    assert output.is_dir()
     more = ["--epochs", "1", "--noise-multiplier", "1"] if not (output / "run.json").exists() else []
     assert train.main(["--resume", "auto", "--output", str(output), *more]) == 0
 
@@ -318,6 +318,18 @@ def test_another_table_is_not_trained_on(
         train.main(["--resume", str(tmp_path / "run")])
     message = "data='32560 training records': must be the table of the run that is resumed, of 32561"
     assert message in capsys.readouterr().err
+
+
+def test_another_schema_is_not_trained_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    whole = data.load("adult")
+    renamed = dataclasses.replace(whole, feature_names=("another", *whole.feature_names[1:]))
+    monkeypatch.setattr(data, "load", lambda *_: renamed)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--resume", str(tmp_path / "run")])
+    assert "must be that of the run that is resumed" in capsys.readouterr().err
 
 
 def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from mpi import launch
 
-from fastdp import data, metrics, report, train
+from fastdp import data, folder, metrics, report, train
 from fastdp.models import build_model
 
 FILES = ["curves.png", "ledger.jsonl", "metrics.jsonl", "model.pt", "report.json", "run.json"]
@@ -325,3 +326,27 @@ def test_what_is_refused_while_it_trains_is_one_line(ranks: int, tmp_path: Path)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("fastdp.train: error: layer 'layer': its input for a record depends on the other rec") == 1
+
+
+def test_an_interrupt_after_the_report_asks_for_no_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder, "draw", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    output = tmp_path / "run"
+    assert train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", str(output)]) == 130
+    assert f"; {output} has its report" in capsys.readouterr().err and (output / "report.json").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_spent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--output", str(tmp_path / "a" / "run")])
+    assert f"output='{tmp_path}/a/run': must be a folder that can be written to" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()

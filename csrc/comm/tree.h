@@ -22,15 +22,14 @@ namespace fastdp::comm {
 // Why this one, by counting, the others were not measured: a binomial tree has as few steps, but its root moves log2 P
 // times the data; recursive doubling has half of the steps, but everybody moves log2 P times the data, and ranks beyond
 // a power of two cost steps of their own.
-// Median microseconds of 2 ranks on 2 cores, one run, MPICH 5.0.2 (mpi: MPI_Iallreduce). Provisional: other jobs kept
-// the load at 5 to 10.
-//            64 B   4 KiB   16 KiB   64 KiB   256 KiB   1 MiB   4 MiB   64 MiB (5 rounds)
-//     ring   13.0    16.4     35.4     38.4      88.7     395    5521   131046
-//     tree   11.2    14.4     41.7     38.4      89.9     468    5631    80114
-//     mpi    14.1    20.3     42.1     48.9     118.8     532   12542   111360
-// In all three runs the tree was ahead at 64 B and 4 KiB (by 5 to 17 % at 4 KiB) and behind at 1 MiB (by 17 to 18 %);
-// from 16 to 256 KiB the order changed from run to run. With 4 and 8 ranks, waits for a core (4 ms each) hid all
-// differences between algorithms.
+// Median microseconds of 2 ranks on 2 quiet cores, three runs of bench/bench_allreduce.py, MPICH 5.0.2 (mpi:
+// MPI_Iallreduce, which can be given up):
+//            64 B   4 KiB   64 KiB   1 MiB   14 MiB   64 MiB
+//     ring    7.3     7.9       27     160     3266    18372
+//     tree    6.3     6.9       26     161     3124    15172
+//     mpi     7.6     9.3       30     177     4248    39538
+// The tree was ahead by 13 % up to 4 KiB and by 13 to 17 % at 64 MiB in each run, and level between. With 4 and 8 ranks
+// on these cores, waits for a core (4 ms each) hid all differences between algorithms.
 
 // Neighbours of a rank in a tree; at most two children, added in this order.
 struct TreeNode {
