@@ -1,4 +1,4 @@
-"""The column contract as objects, and rows to tensors by it. fastdp/schema.py reads it and says what it means.
+"""The column contract as objects, and rows to arrays by it. fastdp/schema.py reads it and says what it means.
 
 The encoding of a row depends on that row and on what is declared, on nothing else (P11).
 """
@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fastdp.errors import ArgumentError
 
@@ -87,11 +86,11 @@ class Column:
         above = np.clip(cells, low, high) - low
         return above / (high - low) if self.scale != "log" else np.log1p(above) / math.log1p(high - low)
 
-    def unscaled(self, scaled: torch.Tensor) -> torch.Tensor:
-        """The inverse of `scaled`, for floating-point tensors; what lies outside [0, 1] is clamped."""
+    def unscaled(self, scaled: Array) -> Array:
+        """The inverse of `scaled`; what lies outside [0, 1] is clamped."""
         low, high = self.bounds
-        inside = scaled.clamp(0, 1)
-        return low + (inside * (high - low) if self.scale != "log" else torch.expm1(inside * math.log1p(high - low)))
+        inside = np.clip(scaled, 0, 1)
+        return low + (inside * (high - low) if self.scale != "log" else np.expm1(inside * math.log1p(high - low)))
 
     def encode(self, cells: Array, out: npt.NDArray[np.float32]) -> None:
         """Write the features of `cells` [n], codes or numbers, into zeros `out` float32 [n, len(feature_names)]."""
@@ -141,7 +140,7 @@ class Schema:
         """Names of all features, in the order of `encode`."""
         return tuple(name for column in self.columns for name in column.feature_names)
 
-    def encode(self, cells: Mapping[str, Array]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, cells: Mapping[str, Array]) -> tuple[npt.NDArray[np.float32], Array]:
         """Cells by column name, codes or numbers [n], to features float32 [n, D] and labels [n].
 
         Labels are int64 classes, or scaled targets in float32.
@@ -160,4 +159,4 @@ class Schema:
             if width:
                 column.encode(cells[column.name], features[:, start : start + width])
             start += width
-        return torch.from_numpy(features), torch.from_numpy(labels)
+        return features, labels

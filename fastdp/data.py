@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastdp import attributes, files, ops
-from fastdp.columns import Schema
+from fastdp.columns import Array, Schema
 from fastdp.errors import ArgumentError, require
 from fastdp.schema import parse_schema
 from fastdp.table import Table, check, check_finite, check_same
@@ -29,6 +29,8 @@ EMBEDDED: Final = ("adult",)
 # Public and the same for ever, so that the same rows are held out in every run and on every rank.
 HELD_OUT_KEY: Final = hashlib.sha256(b"fastdp: rows held out for evaluation").digest()
 HELD_OUT: Final = 0.2
+
+Arrays = tuple[Array, Array]  # features float32 [n, D] and labels [n]
 
 
 def load(
@@ -79,10 +81,11 @@ def _embedded(name: str) -> Table:
     return _of_schema(schema, train, test)
 
 
-def _of_schema(schema: Schema, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], **more: Any) -> Table:
+def _of_schema(schema: Schema, train: Arrays, test: Arrays, **more: Any) -> Table:
     target = schema.label if schema.label.type == "target" else None
     names, classes = schema.feature_names, schema.label.values
-    return Table(schema.name, *train, *test, names, classes, schema.size_is_public, target, **more)
+    x, y, test_x, test_y = map(torch.from_numpy, (*train, *test))
+    return Table(schema.name, x, y, test_x, test_y, names, classes, schema.size_is_public, target, **more)
 
 
 def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction: float | None) -> Table:
@@ -104,7 +107,7 @@ def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction
         test = files.read("evaluation_data", evaluation, schema)
         where = f"{len(test[1]):,} rows of {evaluation.name}"
         return _of_schema(schema, (features, labels), test, evaluation=where, assumptions=(declared,))
-    held_out = held_out_rows(len(labels), fraction)
+    held_out = held_out_rows(len(labels), fraction).numpy()
     for rows, what in ((held_out, "evaluation"), (~held_out, "training")):
         require(bool(rows.any()), "evaluation_fraction", fraction, f"such that a row is left for {what}")
     m = int(held_out.sum())

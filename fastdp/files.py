@@ -1,4 +1,4 @@
-"""Table files to tensors: CSV, Parquet and Arrow, by a declared schema, a batch of rows at a time.
+"""Table files to arrays: CSV, Parquet and Arrow, by a declared schema, a batch of rows at a time.
 
 pyarrow does what touches every cell: reading, stripping, looking up in the vocabulary, texts to numbers.
 """
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fastdp.columns import Array, CellError, Column, Layout, Schema
 from fastdp.errors import ArgumentError, require
@@ -60,7 +58,7 @@ def list_files(argument: str, path: Path) -> list[Path]:
     return files
 
 
-def read(argument: str, path: Path, schema: Schema) -> tuple[Tensor, Tensor]:
+def read(argument: str, path: Path, schema: Schema) -> tuple[Array, Array]:
     """Features float32 [n, D] and labels [n] (as of `Schema.encode`) of all rows.
 
     argument: what the path was given as, for messages.
@@ -68,7 +66,7 @@ def read(argument: str, path: Path, schema: Schema) -> tuple[Tensor, Tensor]:
     """
     import pyarrow as pa
 
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Array, Array]] = []
     for file in list_files(argument, path):
         try:
             names, batches = _OPEN[kind_of(file) or ""](file, schema)
@@ -86,7 +84,7 @@ def read(argument: str, path: Path, schema: Schema) -> tuple[Tensor, Tensor]:
             raise ArgumentError(argument, str(file), f"a {kind_of(file)} file that can be read ({reason})") from error
     require(sum(len(labels) for _, labels in parts) > 0, argument, str(path), "a table with at least one row")
     features, labels = zip(*parts, strict=True)
-    return torch.cat(features), torch.cat(labels)
+    return np.concatenate(features), np.concatenate(labels)
 
 
 def parse(column: Column, cells: pa.Array, layout: Layout) -> Array:
@@ -167,7 +165,7 @@ def _numbers(column: Column, cells: pa.Array) -> Array:
     return numbers if numbers.flags.writeable else numbers.copy()
 
 
-def _encode(batch: pa.RecordBatch, schema: Schema) -> tuple[Tensor, Tensor]:
+def _encode(batch: pa.RecordBatch, schema: Schema) -> tuple[Array, Array]:
     columns = {column.name: column for column in schema.columns}
     return schema.encode(
         {

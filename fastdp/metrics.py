@@ -46,7 +46,7 @@ def evaluate(model: nn.Module, features: Tensor, labels: Tensor, target: Column 
 
 def _of_regression(predicted: Tensor, truth: Tensor, target: Column | None) -> dict[str, float]:
     if target is not None:
-        predicted, truth = target.unscaled(predicted), target.unscaled(truth)
+        predicted, truth = (torch.from_numpy(target.unscaled(scaled.numpy())) for scaled in (predicted, truth))
     error = (predicted - truth).square().mean().item()
     variance = truth.var(correction=0).item()
     # Targets that are all the same have no variance to explain; the rounding of their mean may leave a little.

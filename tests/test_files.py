@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet
@@ -74,7 +75,8 @@ def csv(folder: Path, rows: str, name: str = "t.csv", header: str = HEADER) -> P
 
 
 def read(path: Path, contract: str = CONTRACT) -> tuple[torch.Tensor, torch.Tensor]:
-    return files.read("data", path, parse_schema(contract))
+    features, labels = files.read("data", path, parse_schema(contract))
+    return torch.from_numpy(features), torch.from_numpy(labels)
 
 
 def test_a_small_table_by_hand(tmp_path: Path) -> None:
@@ -96,7 +98,7 @@ def test_targets_are_clamped_scaled_and_scaled_back(tmp_path: Path) -> None:
         contract = REGRESSION.replace("bounds = [-10, 10]", f'bounds = [-10, 10]\nscale = "{scale}"')
         _, labels = read(path, contract)
         assert labels.dtype == torch.float32 and labels[0] == 0 and labels[1].item() == pytest.approx(middle, rel=1e-6)
-        back = parse_schema(contract).label.unscaled(torch.cat([labels, torch.tensor([-3.0, 3.0])]).double())
+        back = parse_schema(contract).label.unscaled(np.array([*labels.tolist(), -3.0, 3.0]))
         assert back.tolist() == pytest.approx([-10, 0, 2.5, -10, 10], abs=1e-5)
 
 

@@ -24,14 +24,22 @@ def test_one_version() -> None:
 
 
 def test_import_is_light() -> None:
-    """Neither MPI, nor the accountant's library, nor plots are loaded before they are needed."""
-    code = (
-        "import sys, torch; before = set(sys.modules); import fastdp\n"
-        "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
-        "print(sorted(new & {'mpi4py', 'dp_accounting', 'matplotlib', 'scipy', 'rich', 'cyclopts', 'pyarrow'}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "[]\n"
+    """Neither MPI, nor the accountant's library, nor plots are loaded before they are needed; by Spark, nor torch."""
+    heavy = {"mpi4py", "dp_accounting", "matplotlib", "scipy", "rich", "cyclopts", "pyarrow"}
+    for first, names in (
+        ("import torch, fastdp; fastdp.PrivacyEngine, fastdp.ops, fastdp.comm, fastdp.validate", heavy),
+        ("import fastdp, fastdp.schema, fastdp.files; fastdp.ArgumentError, dir(fastdp)", {*heavy, "torch"}),
+    ):
+        code = f"import sys; {first}\nprint({{m.split('.')[0] for m in sys.modules}} & {names})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == "set()\n"
+
+
+def test_all_public_names_are_there() -> None:
+    for name in fastdp.__all__:
+        assert getattr(fastdp, name) is not None and name in dir(fastdp)
+    with pytest.raises(AttributeError, match="module 'fastdp' has no attribute 'nothing'"):
+        _ = fastdp.nothing
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
