@@ -5,6 +5,7 @@ The encoding of a row depends on that row and on what is declared, on nothing el
 
 from __future__ import annotations
 
+import enum
 import itertools
 import math
 from collections.abc import Mapping
@@ -17,6 +18,19 @@ import numpy.typing as npt
 from fastdp.errors import ArgumentError
 
 Array = npt.NDArray[Any]
+
+
+class Reason(enum.IntEnum):
+    """Why a row cannot be used."""
+
+    GOOD = 0
+    WIDTH = 1  # not as many cells as there are columns
+    QUOTES = 2  # a quotation mark or a carriage return where none may stand
+    ENCODING = 3  # not UTF-8
+    LONG = 4
+    MISSING = 5  # a missing cell, for which no value is declared
+    UNKNOWN = 6  # a text outside the vocabulary
+    NUMBER = 7  # no finite number
 
 
 class CellError(ArgumentError):
@@ -43,6 +57,7 @@ class Column:
     bins: tuple[float, ...] = ()
     values: tuple[str, ...] = ()  # categories, or the first spelling of each class
     spellings: Mapping[str, int] | None = None  # what may stand in the raw file -> code
+    other: int | None = None  # code that stands for a text outside the vocabulary
     missing: float | None = None  # number or code that stands for a missing cell; NaN: an indicator of its own
 
     @property
@@ -119,6 +134,7 @@ class Layout:
     comment: str = ""
     strip: bool = True
     nulls: tuple[str, ...] = ("",)
+    quotes: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ pyarrow does what touches every cell: reading, stripping, looking up in the voca
 
 from __future__ import annotations
 
-import bisect
 import gzip
 import itertools
 import re
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from fastdp.columns import Array, CellError, Column, Layout, Schema
+from fastdp.columns import Array, CellError, Column, Layout, Reason, Schema
 from fastdp.errors import ArgumentError, require
 
 if TYPE_CHECKING:  # 0.5 s to import, and only tables from files need it
@@ -87,89 +86,139 @@ def read(argument: str, path: Path, schema: Schema) -> tuple[Array, Array]:
     return np.concatenate(features), np.concatenate(labels)
 
 
-def parse(column: Column, cells: pa.Array, layout: Layout) -> Array:
-    """A batch of a column to codes int64 [n] (category, label) or numbers float64 [n], missing cells filled in.
+def parse(column: Column, cells: pa.Array, layout: Layout) -> tuple[Array, Array]:
+    """A batch of a column to codes int64 [n] (of a vocabulary) or numbers float64 [n], and reasons uint8 [n].
 
-    Raises:
-        CellError: the row (from 0) and value of the first cell that is missing without a policy, undeclared, or no
-            finite number.
-        ArgumentError: the column's type cannot hold what is declared.
+    Missing cells are filled in as declared. Where the reason is not Reason.GOOD, the value means nothing.
+    Raises ArgumentError if the column's type cannot hold what is declared.
     """
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    raw = cells
     if pa.types.is_dictionary(cells.type):
         cells = cells.dictionary_decode()
     texts = str(cells.type) in ("string", "large_string", "string_view", "null")
-    if texts:
-        cells = cells.cast(pa.string())
-        cells = pc.utf8_trim_whitespace(cells) if layout.strip else cells
     codes = column.spellings is not None
     whole = pa.types.is_integer(cells.type) or pa.types.is_boolean(cells.type)
     numbers = whole or pa.types.is_floating(cells.type) or pa.types.is_decimal(cells.type)
     bound = "texts, integers or booleans" if codes else "numbers, or texts that are"
     require(texts or (whole if codes else numbers), f"type of column {column.name!r}", str(cells.type), bound)
-    nulls = pa.array(layout.nulls, pa.string())
-    if codes:
+    if texts or codes:
         cells = cells.cast(pa.string())
-        parsed, missing = _codes(column, cells, nulls)
+    if codes:
+        values, missing, reasons = _codes(column, cells, layout)
     else:
-        cells = pc.if_else(pc.is_in(cells, value_set=nulls), pa.scalar(None, pa.string()), cells) if texts else cells
-        parsed, missing = _numbers(column, cells), cells.is_null().to_numpy(zero_copy_only=False)
+        values, missing, reasons = _numbers(cells, layout)
     if missing.any():
         if column.missing is None:
-            row = int(missing.argmax())
-            bound = "there: no value is declared for missing cells of this column"
-            raise CellError(column.name, row, raw[row].as_py(), bound)
-        parsed[missing] = column.missing
-    return parsed
+            reasons[missing] = Reason.MISSING
+        else:
+            values[missing] = column.missing
+    return values, reasons
 
 
-def _codes(column: Column, texts: pa.Array, nulls: pa.Array) -> tuple[Array, Array]:
+def _codes(column: Column, texts: pa.Array, layout: Layout) -> tuple[Array, Array, Array]:
+    """Codes, which are missing, reasons."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     assert column.spellings is not None
-    spellings = pa.array(column.spellings, pa.string())
-    position = pc.index_in(texts, value_set=spellings).fill_null(len(spellings)).to_numpy()
-    code = np.array([*column.spellings.values(), -1], np.int64)[position]
-    missing = (code < 0) & pc.is_in(texts, value_set=nulls).to_numpy(zero_copy_only=False)
-    missing |= texts.is_null().to_numpy(zero_copy_only=False)
-    unknown = (code < 0) & ~missing
-    if unknown.any():
-        row = int(unknown.argmax())
-        raise CellError(column.name, row, texts[row].as_py(), f"one of {', '.join(map(repr, column.spellings))}")
-    return code, missing
+    # Nulls that are spellings of a value are values.
+    nulls = [text for text in layout.nulls if text not in column.spellings]
+    known = pa.array([*column.spellings, *nulls], pa.string())
+    codes = np.array([*column.spellings.values(), *[-1] * len(nulls), -2], np.int64)
+    missing = texts.is_null().to_numpy(zero_copy_only=False)
+
+    def look_up(some: pa.Array) -> Array:
+        found: Array = codes[pc.index_in(some, value_set=known).fill_null(len(known)).to_numpy()]
+        return found
+
+    values = look_up(texts)
+    rest = np.flatnonzero(values == -2)
+    if layout.strip and len(rest):  # most cells have no blanks: 6 ns a cell
+        values[rest] = look_up(pc.utf8_trim_whitespace(texts.take(pa.array(rest))))
+    missing |= values == -1
+    unknown = (values == -2) & ~missing
+    if column.other is not None:
+        values[unknown] = column.other
+        unknown[:] = False
+    return values, missing, np.where(unknown, Reason.UNKNOWN, Reason.GOOD).astype(np.uint8)
 
 
-def _numbers(column: Column, cells: pa.Array) -> Array:
-    """float64, with NaN where a cell is null and nowhere else."""
+def _numbers(cells: pa.Array, layout: Layout) -> tuple[Array, Array, Array]:
+    """Numbers, which are missing, reasons."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_string(cells.type):
+        if layout.strip:
+            cells = pc.utf8_trim_whitespace(cells)
+        null = pc.is_in(cells, value_set=pa.array(layout.nulls, pa.string()))
+        cells = pc.if_else(null, pa.scalar(None, pa.string()), cells)
+        cells = _readable(cells)
+    missing = cells.is_null().to_numpy(zero_copy_only=False)
+    values: Array = cells.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    values = values if values.flags.writeable else values.copy()
+    bad = ~np.isfinite(values) & ~missing
+    return values, missing, np.where(bad, Reason.NUMBER, Reason.GOOD).astype(np.uint8)
+
+
+def _readable(texts: pa.Array) -> pa.Array:
+    """`texts`, with "nan" in place of those that are no numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if _all_numbers(texts):
+        return texts
+    different = texts.dictionary_encode()
+    bad = pa.array(_no_numbers(different.dictionary), pa.string())
+    return pc.if_else(pc.is_in(texts, value_set=bad), "nan", texts)
+
+
+def _no_numbers(texts: pa.Array) -> list[str]:
+    """Those that are no numbers, by halving what has some: Arrow tells of one at a time."""
+    if _all_numbers(texts):
+        return []
+    if len(texts) == 1:
+        return [texts[0].as_py()]
+    half = len(texts) // 2
+    return _no_numbers(texts[:half]) + _no_numbers(texts[half:])
+
+
+def _all_numbers(texts: pa.Array) -> bool:
     import pyarrow as pa
 
-    def readable(rows: int) -> bool:
-        try:
-            cells[:rows].cast(pa.float64(), safe=False)
-        except pa.ArrowInvalid:
-            return False
-        return True
+    try:
+        texts.cast(pa.float64(), safe=False)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
-    if not readable(len(cells)):
-        row = bisect.bisect_left(range(1, len(cells) + 1), True, key=lambda rows: not readable(rows))
-        raise CellError(column.name, row, cells[row].as_py(), "a finite number")
-    numbers: Array = cells.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    bad = ~np.isfinite(numbers) & cells.is_valid().to_numpy(zero_copy_only=False)
-    if bad.any():
-        row = int(bad.argmax())
-        raise CellError(column.name, row, cells[row].as_py(), "a finite number")
-    return numbers if numbers.flags.writeable else numbers.copy()
+
+def cell_error(column: Column, reason: int, row: int, value: object) -> CellError:
+    """What to tell about a cell that cannot be used."""
+    bound = "a finite number"
+    if reason == Reason.MISSING:
+        bound = "there: no value is declared for missing cells of this column"
+    elif reason == Reason.UNKNOWN:
+        bound = f"one of {', '.join(map(repr, column.spellings or ()))}"
+    return CellError(column.name, row, value, bound)
+
+
+def parse_or_raise(column: Column, cells: pa.Array, layout: Layout) -> Array:
+    """The values of `parse`; CellError about the first cell, counted from 0, that has none."""
+    values, reasons = parse(column, cells, layout)
+    if reasons.any():
+        row = int(reasons.astype(bool).argmax())
+        cell = cells[row].as_py()
+        raise cell_error(column, reasons[row], row, cell.strip() if layout.strip and isinstance(cell, str) else cell)
+    return values
 
 
 def _encode(batch: pa.RecordBatch, schema: Schema) -> tuple[Array, Array]:
     columns = {column.name: column for column in schema.columns}
     return schema.encode(
         {
-            name: parse(columns[name], cells, schema.layout)
+            name: parse_or_raise(columns[name], cells, schema.layout)
             for name, cells in zip(batch.schema.names, batch.columns, strict=True)
         }
     )

@@ -17,7 +17,7 @@ import torch
 from fastdp.columns import Column, Layout, Schema
 from fastdp.data import Table, check_finite, load
 from fastdp.errors import ArgumentError
-from fastdp.files import parse
+from fastdp.files import parse_or_raise
 from fastdp.schema import parse_schema
 
 DATASETS = resources.files("fastdp") / "datasets"
@@ -197,7 +197,7 @@ def column(name: str) -> Column:
 
 
 def cells_of(name: str, texts: list[str]) -> np.ndarray:
-    return parse(column(name), pa.array(texts), Layout())
+    return parse_or_raise(column(name), pa.array(texts), Layout())
 
 
 def test_small_contract() -> None:

@@ -447,9 +447,9 @@ def test_ranks_with_other_data_are_named() -> None:
 def test_texts_keep_their_blanks_where_declared() -> None:
     contract = CONTRACT.replace("[file]", "[file]\nstrip = false").replace('"clerk"', '" clerk"')
     job = parse_schema(contract).columns[2]
-    assert files.parse(job, pa.array([" clerk", "?"]), Layout(strip=False)).tolist() == [0, 1]
+    assert files.parse_or_raise(job, pa.array([" clerk", "?"]), Layout(strip=False)).tolist() == [0, 1]
     with pytest.raises(ArgumentError, match="row 0='clerk'"):
-        files.parse(job, pa.array(["clerk"]), Layout(strip=False))
+        files.parse_or_raise(job, pa.array(["clerk"]), Layout(strip=False))
 
 
 def test_the_readmes_schema_reads_its_table(tmp_path: Path) -> None:

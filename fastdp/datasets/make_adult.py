@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from fastdp.columns import Schema
-from fastdp.files import parse
+from fastdp.files import parse_or_raise
 from fastdp.schema import parse_schema
 
 HERE = Path(__file__).parent
@@ -46,7 +46,7 @@ def pack(raw: dict[str, bytes], schema: Schema) -> bytes:
             if column.type == "ignore":
                 cells = np.array(texts, np.int32)
             else:
-                cells = parse(column, pa.array(texts), schema.layout)
+                cells = parse_or_raise(column, pa.array(texts), schema.layout)
             arrays[f"{split}.{column.name}"] = cells.astype(np.uint8 if column.spellings else np.int32)
     buffer = io.BytesIO()
     # numpy writes 1980-01-01 as every member's time.

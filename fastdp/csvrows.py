@@ -1,0 +1,189 @@
+"""CSV bytes to rows: where each begins and ends, which cannot be read, and the cells of the others.
+
+Only what is here decides that, so that a file gives the same rows however it is cut into pieces. A row ends with a line
+feed outside quotation marks, or where the file ends; a row without a character is none. A cell may be put in quotation
+marks, which are doubled inside it; one that stands elsewhere, or is not closed, makes its row a bad one, as do a
+carriage return that no line feed follows, bytes that are not UTF-8, and more than `ROW_BYTES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdp.columns import Layout, Reason
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import csv
+
+ROW_BYTES: Final = 1 << 20  # of a row; what is not closed must not fill the memory
+
+READ_BYTES: Final = 1 << 16
+BOM: Final = b"\xef\xbb\xbf"
+_QUOTE, _LF, _CR = b'"\n\r'
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows in a piece of a file, in order."""
+
+    data: bytes
+    starts: npt.NDArray[np.int64]  # of each row in data
+    ends: npt.NDArray[np.int64]  # after its line feed
+    reasons: npt.NDArray[np.uint8]  # why a row cannot be read; Reason.GOOD
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def text(self, row: int | np.signedinteger[Any]) -> bytes:
+        """A row as it is written, without its end."""
+        line = self.data[self.starts[row] : self.ends[row]]
+        return line[:-1].removesuffix(b"\r") if line.endswith(b"\n") else line
+
+
+def split(data: bytes, layout: Layout) -> Rows:
+    """The rows of `data`, which begins with a row."""
+    raw = np.frombuffer(data, np.uint8)
+    quotes = _quotes(data, layout)
+    ends = _feeds(raw, quotes, False) + 1
+    if len(raw) and (not len(ends) or ends[-1] < len(raw)):
+        ends = np.append(ends, len(raw))
+    starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
+    reasons = np.full(len(ends), Reason.GOOD, np.uint8)
+    reasons[np.searchsorted(ends, _misplaced(raw, quotes, layout), side="right")] = Reason.QUOTES
+    if b"\r" in data:
+        reasons[np.searchsorted(ends, _lone_returns(raw, quotes), side="right")] = Reason.QUOTES
+    reasons[ends - starts > ROW_BYTES] = Reason.LONG
+    empty = (raw[starts] == _LF) | ((ends - starts == 2) & (raw[starts] == _CR) & (raw[ends - 1] == _LF))
+    if empty.any():
+        starts, ends, reasons = starts[~empty], ends[~empty], reasons[~empty]
+    rows = Rows(data, starts, ends, reasons)
+    if not _is_utf8(data):
+        for row in np.flatnonzero(reasons == Reason.GOOD):
+            if not _is_utf8(rows.text(row)):
+                reasons[row] = Reason.ENCODING
+    return rows
+
+
+def cells(rows: Rows, names: list[str], used: dict[str, pa.DataType], layout: Layout) -> pa.Table:
+    """The cells of all rows that have no reason; those of a wrong number of cells get one.
+
+    names: of all columns, in the file's order. used: the columns to read, with their types.
+    Raises ArrowInvalid if a cell cannot be of its column's type.
+    """
+    import pyarrow as pa
+    from pyarrow import csv
+
+    good = np.flatnonzero(rows.reasons == Reason.GOOD)
+    if not len(good):
+        return pa.table({name: pa.array([], kind) for name, kind in used.items()})
+    wrong: list[int] = []
+
+    def skip(row: csv.InvalidRow) -> str:
+        wrong.append(row.number - 1)
+        return "skip"
+
+    data = _without_the_others(rows, good)
+    table = csv.read_csv(
+        pa.BufferReader(data),
+        csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names),
+        csv.ParseOptions(
+            delimiter=layout.delimiter,
+            quote_char='"' if layout.quotes else False,
+            newlines_in_values=layout.quotes,
+            invalid_row_handler=skip,
+        ),
+        csv.ConvertOptions(
+            include_columns=list(used),
+            column_types=used,
+            null_values=list(layout.nulls),
+            strings_can_be_null=False,
+            check_utf8=False,  # the rows were
+        ),
+    )
+    rows.reasons[good[wrong]] = Reason.WIDTH
+    assert table.num_rows + len(wrong) == len(good), "pyarrow finds other rows than fastdp.csvrows"
+    return table
+
+
+def piece(file: IO[bytes], start: int, stop: int, inside: bool | None, layout: Layout) -> bytes:
+    """The rows that begin in the bytes [start, stop) of a file, each to its end, unless that is too far away.
+
+    inside: whether byte `start` stands within quotation marks; None: a row begins there.
+    """
+    before = 0 if inside is None else 1
+    file.seek(start - before)
+    data = file.read(stop - start + before)
+    if inside is not None:
+        inside ^= len(_quotes(data[:before], layout)) == 1
+        after = _after_feed(data, inside, layout)
+        if after is None or after >= len(data):
+            return b""
+        data, inside = data[after:], False
+    while data and (len(_quotes(data, layout)) % 2 or not data.endswith(b"\n")):
+        odd = len(_quotes(data, layout)) % 2 == 1
+        more = file.read(READ_BYTES)
+        after = _after_feed(more, odd, layout)
+        data += more[:after]
+        if after is not None or not more or len(data) > stop - start + ROW_BYTES:
+            break
+    return data
+
+
+def _after_feed(data: bytes, inside: bool, layout: Layout) -> int | None:
+    feeds = _feeds(np.frombuffer(data, np.uint8), _quotes(data, layout), inside)
+    return int(feeds[0]) + 1 if len(feeds) else None
+
+
+def _quotes(data: bytes, layout: Layout) -> npt.NDArray[np.int64]:
+    if not layout.quotes or b'"' not in data:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(np.frombuffer(data, np.uint8) == _QUOTE)
+
+
+def _feeds(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], inside: bool) -> npt.NDArray[np.int64]:
+    """Line feeds outside quotation marks."""
+    feeds = np.flatnonzero(raw == _LF)
+    return feeds[(np.searchsorted(quotes, feeds) + inside) % 2 == 0] if len(quotes) or inside else feeds
+
+
+def _misplaced(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], layout: Layout) -> npt.NDArray[np.int64]:
+    """Quotation marks that neither begin nor end a cell nor are one of a pair; one of each that is not closed."""
+    padded = np.concatenate(([_LF], raw, [_LF, _LF])) if len(quotes) else raw
+    delimiter = ord(layout.delimiter)
+    opening, closing = quotes[0::2], quotes[1::2]
+    before, after, second = padded[opening], padded[closing + 2], padded[closing + 3]
+    begins = (before == delimiter) | (before == _LF) | (before == _QUOTE)
+    ends = (after == delimiter) | (after == _LF) | (after == _QUOTE) | ((after == _CR) & (second == _LF))
+    return np.concatenate((opening[~begins], closing[~ends], opening[len(closing) :]))
+
+
+def _lone_returns(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Carriage returns outside quotation marks that no line feed follows: Arrow would end the row there."""
+    returns = np.flatnonzero(raw == _CR)
+    returns = returns[np.searchsorted(quotes, returns) % 2 == 0]
+    lone: npt.NDArray[np.int64] = returns[np.append(raw, 0)[returns + 1] != _LF]
+    return lone
+
+
+def _without_the_others(rows: Rows, good: npt.NDArray[np.int64]) -> bytes:
+    starts, ends = rows.starts[good], rows.ends[good]
+    breaks = np.flatnonzero(starts[1:] != ends[:-1])
+    if not len(breaks) and starts[0] == 0 and ends[-1] == len(rows.data):
+        data = rows.data
+    else:
+        firsts, lasts = np.concatenate(([0], breaks + 1)), np.append(breaks, len(good) - 1)
+        data = b"".join(rows.data[starts[a] : ends[b]] for a, b in zip(firsts, lasts, strict=True))
+    return BOM + data if data.startswith(BOM) else data  # Arrow takes one off
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
