@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,26 @@ def test_a_line_that_was_being_written_is_cut_off(path: Path) -> None:
         again.step(1.0, 0.1)
         again.close()
         assert ledger.read(path) == {(1.0, 0.1): 2}
+
+
+def test_a_new_name_and_a_cut_are_on_disk_before_the_first_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[os.stat_result] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file)))
+    DurableLedger(path).close()
+    assert [each.st_ino for each in synced] == [path.stat().st_ino, path.parent.stat().st_ino]
+    whole = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"torn")
+    synced.clear()
+    DurableLedger(path).close()
+    assert [(each.st_ino, each.st_size) for each in synced] == [(path.stat().st_ino, whole)]
+
+
+def test_a_closed_ledger_is_not_kept_until_the_process_ends(path: Path) -> None:
+    closed = DurableLedger(path)
+    closed.close()
+    kept = weakref.ref(closed)
+    del closed
+    assert kept() is None
 
 
 def test_a_damaged_ledger_is_refused(path: Path) -> None:

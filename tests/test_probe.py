@@ -198,6 +198,16 @@ def test_a_loss_that_cannot_be_replayed_is_refused() -> None:
         optimizer.step()
 
 
+def test_a_step_that_uses_other_layers_than_were_probed_is_refused(loop) -> None:
+    _, module, optimizer, loader = loop
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    optimizer.zero_grad()
+    F.cross_entropy(module[2:](torch.zeros(len(x), 9)), y).backward()
+    with pytest.raises(PrivacyError, match="not probed for coupled records"):
+        optimizer.step()
+
+
 class ReturnsLoss(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from mpi import kill, launch
 
 from fastdp import ArgumentError, checkpoint, comm, data, folder, ledger, run, train
 from fastdp.folder import RunFolder
+from fastdp.job import StopOnSignal
 from fastdp.options import parse
 
 SEEDED = ["--seed", "3", "--epochs", "2", "--noise-multiplier", "1", "--momentum", "0.5"]
@@ -119,6 +121,37 @@ def test_a_signal_stops_all_ranks_at_the_same_step(ranks: int, name: str, tmp_pa
     assert not (output / "model.pt").exists()
 
 
+def test_a_wish_to_stop_at_the_last_step_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(monkeypatch, 32)
+    assert train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 32
+
+
+def test_the_last_step_is_kept_when_its_evaluation_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise SystemExit  # an Exception would make this process deaf to SIGINT: fastdp.job expects its end
+
+    monkeypatch.setattr(train, "evaluate", fail)
+    with pytest.raises(SystemExit):
+        train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", str(tmp_path / "run")])
+    state, _ = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
+    assert state is not None and state["steps"] == state["steps_trained"] == 32
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_any_second_signal_interrupts_and_the_handlers_come_back(first: int, second: int) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    asked = []
+    with StopOnSignal(lambda: asked.append(True)):
+        signal.raise_signal(first)
+        assert asked == [True]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(second)
+    assert asked == [True]
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
 def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     output = tmp_path / "out"
     slow = Path(launch.HERE / "train_slow_step.py")
@@ -152,7 +185,7 @@ def interrupted_run(output: Path, monkeypatch: pytest.MonkeyPatch, *arguments: s
         assert train.main([*more, *arguments]) == 130
 
 
-@pytest.mark.parametrize("damage", ["cut off", "bit", "empty", "other"])
+@pytest.mark.parametrize("damage", ["cut off", "bit", "empty", "other", "format"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,11 +195,32 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     content = bytearray(checkpoints[1].read_bytes())
     if damage == "bit":
         content[content.index(b"data/0") + 200] ^= 1
-    damaged = {"cut off": content[:-100], "bit": content, "empty": b"", "other": b"hello" * 1000}[damage]
+    other_format = io.BytesIO()
+    torch.save(torch.load(checkpoints[1]) | {"format": "fastdp checkpoint 0"}, other_format)
+    damaged = {
+        "cut off": content[:-100],
+        "bit": content,
+        "empty": b"",
+        "other": b"hello" * 1000,
+        "format": other_format.getvalue(),
+    }[damage]
     checkpoints[1].write_bytes(damaged)
     capsys.readouterr()
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert "step-0000000040.pt is damaged (" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 64 and report["steps_lost"] == 1
+
+
+def test_lost_steps_are_remembered_when_the_run_is_stopped_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    (tmp_path / "run" / "checkpoints" / "step-0000000040.pt").unlink()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert train.main(["--resume", str(tmp_path / "run")]) == 130
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"] == 64 and report["steps_lost"] == 1
 
