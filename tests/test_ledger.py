@@ -98,7 +98,7 @@ def test_a_killed_process_has_spent_at_least_what_it_released(path: Path) -> Non
         spent = sum(ledger.read(path).values())
         assert spent >= before + released
         before = spent
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path), "9"], stdout=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), "9"], stdout=subprocess.PIPE, timeout=60)
     assert len(done.stdout) == 10 and sum(ledger.read(path).values()) == before + 10  # closed at exit
 
 
@@ -218,20 +218,30 @@ def test_bad_arguments_reserve_nothing(path: Path) -> None:
     assert ledger.read(path) == {}
 
 
+FORKED = """
+import os, signal, sys
+from pathlib import Path
+from fastdp import PrivacyError
+from fastdp.ledger import DurableLedger
+spending = DurableLedger(Path(sys.argv[1]))
+spending.step(1.0, 0.1)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    try:
+        spending.close()
+        spending.step(1.0, 0.1)
+    except PrivacyError:
+        os._exit(7)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+spending.step(1.0, 0.1)
+spending.close()
+"""
+
+
 def test_a_forked_child_can_spend_nothing(path: Path) -> None:
-    spending = DurableLedger(path)
-    spending.step(1.0, 0.1)
-    child = os.fork()
-    if child == 0:
-        try:
-            spending.close()
-            spending.step(1.0, 0.1)
-        except PrivacyError:
-            os._exit(7)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    spending.step(1.0, 0.1)
-    spending.close()
+    subprocess.run([sys.executable, "-c", FORKED, str(path)], timeout=60, check=True)
     assert ledger.read(path) == {(1.0, 0.1): 2}
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from mpi import kill, launch
 
-from fastdp import ArgumentError, checkpoint, comm, data, folder, ledger, run, train
+from fastdp import ArgumentError, checkpoint, data, folder, ledger, train
 from fastdp.folder import RunFolder
 from fastdp.job import StopOnSignal
 from fastdp.options import parse
@@ -278,31 +278,27 @@ def test_a_run_whose_last_steps_were_all_lost_is_finished(
     assert report["steps"] == 90 and report["steps_lost"] == 50
 
 
+KILLED = """
+import os, signal, sys
+from fastdp import train
+fsync, left = os.fsync, int(sys.argv[1])
+def killed(file):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(file)
+os.fsync = killed
+train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", sys.argv[2]])
+"""
+
+
 @pytest.mark.parametrize("moment", range(1, 7))
 def test_a_run_killed_before_it_was_begun_is_begun_again(moment: int, tmp_path: Path) -> None:
     """At each fsync until run.json is there: what is left behind is nobody's, and --resume auto begins the run."""
     output = tmp_path / "run"
-    child = os.fork()
-    if child == 0:
-        # The parent's OpenMP threads are not there: the child would wait for them.
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.set_num_threads(1)
-        left, fsync = [moment], os.fsync
-
-        def killed(file: int) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            fsync(file)
-
-        os.fsync = killed  # type: ignore[assignment]
-        options = parse(["--noise-multiplier", "1", "--output", str(output)])
-        assert options is not None
-        path, alone = output, comm.init()
-        begun = run.make_run(options, alone, run.load_table(options), path)
-        run.open_folder(begun, path)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", KILLED, str(moment), str(output)], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert list(output.iterdir())
     more = ["--epochs", "1", "--noise-multiplier", "1"] if not (output / "run.json").exists() else []
     assert train.main(["--resume", "auto", "--output", str(output), *more]) == 0
