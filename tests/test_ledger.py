@@ -225,6 +225,7 @@ from fastdp import PrivacyError
 from fastdp.ledger import DurableLedger
 spending = DurableLedger(Path(sys.argv[1]))
 spending.step(1.0, 0.1)
+spending.step(1.0, 0.1)  # reserves another, which the child must not give back
 child = os.fork()
 if child == 0:
     signal.alarm(30)
@@ -242,7 +243,7 @@ spending.close()
 
 def test_a_forked_child_can_spend_nothing(path: Path) -> None:
     subprocess.run([sys.executable, "-c", FORKED, str(path)], timeout=60, check=True)
-    assert ledger.read(path) == {(1.0, 0.1): 2}
+    assert ledger.read(path) == {(1.0, 0.1): 3}
 
 
 def train(path: Path, steps: int, seed: int | None = None, **arguments: object) -> tuple[list[int], float]:
