@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import data, oracle_step, private
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
-from fastdp import ArgumentError, PrivacyEngine, PrivacyError, persample, reference
+from fastdp import ArgumentError, PrivacyEngine, PrivacyError, persample
 from fastdp.clipping import GradientSum, Span
 from fastdp.layers import LinearUse
 
@@ -329,30 +330,18 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-def step_and_compare(blocks: list[nn.Module], dtype: torch.dtype, steps: int = 2, **kwargs: Any) -> None:
+def step_and_compare(blocks: list[nn.Module], dtype: torch.dtype, steps: int = 2) -> None:
     """Train some steps beside an oracle that loops over single samples."""
     module = nn.Sequential(*blocks, nn.Linear(WIDTH, 3)).to(dtype)
     twin = copy.deepcopy(module)
-    records = TensorDataset(torch.randn(40, WIDTH).to(dtype), torch.randint(0, 3, (40,)))
-    loader = DataLoader(records, batch_size=8)
-    module, optimizer, loader = PrivacyEngine(seed=1).make_private(
-        module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.5),
-        data_loader=loader,
-        noise_multiplier=0.0,
-        max_grad_norm=0.7,
-        **kwargs,
-    )
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    _, module, optimizer, loader = private(module, optimizer, data(40, dtype), 8, max_grad_norm=0.7)
     check = torch.optim.SGD(twin.parameters(), lr=0.5)
-    params = [p for p in twin.parameters() if p.requires_grad]
     for _, (x, y) in zip(range(steps), loader, strict=False):
         optimizer.zero_grad()
         F.cross_entropy(module(x), y).backward()
         optimizer.step()
-        gradients = reference.per_sample_gradients(twin, F.cross_entropy, x[: loader.rows], y[: loader.rows])
-        for p, g in zip(params, reference.clipped_gradient(gradients, 0.7, params), strict=True):
-            p.grad = (g / 8).to(dtype)
-        check.step()
+        oracle_step(twin, check, x[: loader.rows], y[: loader.rows], 0.7, 8)
         for (name, p), q in zip(module.named_parameters(), twin.parameters(), strict=True):
             assert (p - q).abs().max() <= LIMIT[dtype] * q.abs().max(), name
 
