@@ -250,6 +250,19 @@ class Stateful(nn.Module):
         return x * self.weight * self.calls
 
 
+class Counts(nn.Module):
+    """Changes a buffer in place, which functorch does not follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.weight
+
+
 class Hoarder(nn.Module):
     """Uses a parameter from a list that the module's own names do not lead to."""
 
@@ -306,6 +319,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "jit": (lambda: torch.jit.script(nn.Linear(WIDTH, WIDTH)), "plain module"),
     "Dropped": (Dropped, r"layer '0'.*Dropped.*random"),
     "Stateful": (Stateful, r"layer '1': its input for a record depends"),
+    "Counts": (Counts, r"layer '0': Counts cannot be run on a single record: .* in-place operation"),
     "Hoarder": (Hoarder, r"layer '0'.*Hoarder.*do not add up"),
     "Mixing": (Mixing, r"layer '0'.*Mixing"),
     "Borrowed": (lambda: Block(Borrowed(), lambda x: x), r"0\.layer\.embed\.weight: autograd"),
