@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastdp import PrivacyEngine, reference
 
@@ -61,9 +61,7 @@ def data(n: int = 60, dtype: torch.dtype = torch.float32) -> TensorDataset:
     return TensorDataset(torch.randn(n, 6, dtype=torch.float64).to(dtype), torch.randint(0, 3, (n,)))
 
 
-def private(
-    module: nn.Module, optimizer: torch.optim.Optimizer, dataset: TensorDataset, batch_size: int = 12, **kwargs
-):
+def private(module: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset, batch_size: int = 12, **kwargs):
     engine = PrivacyEngine(seed=kwargs.pop("seed", 1))
     kwargs = {"noise_multiplier": 0.0, "max_grad_norm": 0.5, **kwargs}
     loader = DataLoader(dataset, batch_size=batch_size)

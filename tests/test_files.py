@@ -440,8 +440,12 @@ def test_ranks_with_other_data_are_named() -> None:
     data.check_same(Ranks(), table_of(x.clone(), y))  # type: ignore[arg-type]
     other = x.clone()
     other[3, 1] = 1 + 2**-23
-    with pytest.raises(ArgumentError, match=r"rank 2 has 4 training and 4 evaluation rows.*the same on all ranks"):
-        data.check_same(Ranks(), table_of(other, y))  # type: ignore[arg-type]
+    changes = {"features": other, "labels": torch.tensor([0, 1, 2, 1])}
+    for name, value in changes.items():
+        for split in ("train", "test"):
+            table = dataclasses.replace(table_of(x, y), **{f"{split}_{name}": value})
+            with pytest.raises(ArgumentError, match=r"rank 2 has 4 training and 4 evaluation rows.*the same on all ra"):
+                data.check_same(Ranks(), table)  # type: ignore[arg-type]
 
 
 def test_texts_keep_their_blanks_where_declared() -> None:
@@ -450,6 +454,12 @@ def test_texts_keep_their_blanks_where_declared() -> None:
     assert files.parse_or_raise(job, pa.array([" clerk", "?"]), Layout(strip=False)).tolist() == [0, 1]
     with pytest.raises(ArgumentError, match="row 0='clerk'"):
         files.parse_or_raise(job, pa.array(["clerk"]), Layout(strip=False))
+
+
+def test_a_null_text_in_the_vocabulary_is_a_value() -> None:
+    contract = CONTRACT.replace('["none", "?"]', '["none", "?", "NA"]').replace('missing = "none"', 'missing = "clerk"')
+    schema = parse_schema(contract)
+    assert files.parse(schema.columns[2], pa.array(["NA", "", "clerk"]), schema.layout).tolist() == [1, 0, 0]
 
 
 def test_the_readmes_schema_reads_its_table(tmp_path: Path) -> None:

@@ -53,6 +53,26 @@ def test_a_second_backward_is_refused(loop) -> None:
     optimizer.step()
 
 
+def test_a_backward_of_an_earlier_batch_is_refused() -> None:
+    module = MODELS["logistic"]()  # of one layer: autograd itself does not miss the weights of the earlier step
+    _, module, optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+    batches = iter(loader)
+    x, y = next(batches)
+    loss = F.cross_entropy(module(x), y)
+    optimizer.step()
+    next(batches)
+    with pytest.raises(PrivacyError, match=r"backward\(\) through a forward of an earlier batch"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")  # torch's own advice
+def test_gradients_that_are_a_graph_are_refused(loop) -> None:
+    _, module, _, loader = loop
+    x, y = next(iter(loader))
+    with pytest.raises(PrivacyError, match=r"backward\(create_graph=True\) cannot be clipped"):
+        F.cross_entropy(module(x), y).backward(create_graph=True)
+
+
 def test_other_rows_than_the_loaders_are_refused(loop) -> None:
     _, module, optimizer, loader = loop
     x, y = next(iter(loader))

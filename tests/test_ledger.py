@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_killed_process_has_spent_at_least_what_it_released(path: Path) -> Non
         spent = sum(ledger.read(path).values())
         assert spent >= before + released
         before = spent
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path), "9"], stdout=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), "9"], stdout=subprocess.PIPE, timeout=60)
     assert len(done.stdout) == 10 and sum(ledger.read(path).values()) == before + 10  # closed at exit
 
 
@@ -114,6 +115,26 @@ def test_a_line_that_was_being_written_is_cut_off(path: Path) -> None:
         again.step(1.0, 0.1)
         again.close()
         assert ledger.read(path) == {(1.0, 0.1): 2}
+
+
+def test_a_new_name_and_a_cut_are_on_disk_before_the_first_step(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[os.stat_result] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file)))
+    DurableLedger(path).close()
+    assert [each.st_ino for each in synced] == [path.stat().st_ino, path.parent.stat().st_ino]
+    whole = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"torn")
+    synced.clear()
+    DurableLedger(path).close()
+    assert [(each.st_ino, each.st_size) for each in synced] == [(path.stat().st_ino, whole)]
+
+
+def test_a_closed_ledger_is_not_kept_until_the_process_ends(path: Path) -> None:
+    closed = DurableLedger(path)
+    closed.close()
+    kept = weakref.ref(closed)
+    del closed
+    assert kept() is None
 
 
 def test_a_damaged_ledger_is_refused(path: Path) -> None:
@@ -197,21 +218,32 @@ def test_bad_arguments_reserve_nothing(path: Path) -> None:
     assert ledger.read(path) == {}
 
 
+FORKED = """
+import os, signal, sys
+from pathlib import Path
+from fastdp import PrivacyError
+from fastdp.ledger import DurableLedger
+spending = DurableLedger(Path(sys.argv[1]))
+spending.step(1.0, 0.1)
+spending.step(1.0, 0.1)  # reserves another, which the child must not give back
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    try:
+        spending.close()
+        spending.step(1.0, 0.1)
+    except PrivacyError:
+        os._exit(7)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+spending.step(1.0, 0.1)
+spending.close()
+"""
+
+
 def test_a_forked_child_can_spend_nothing(path: Path) -> None:
-    spending = DurableLedger(path)
-    spending.step(1.0, 0.1)
-    child = os.fork()
-    if child == 0:
-        try:
-            spending.close()
-            spending.step(1.0, 0.1)
-        except PrivacyError:
-            os._exit(7)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    spending.step(1.0, 0.1)
-    spending.close()
-    assert ledger.read(path) == {(1.0, 0.1): 2}
+    subprocess.run([sys.executable, "-c", FORKED, str(path)], timeout=60, check=True)
+    assert ledger.read(path) == {(1.0, 0.1): 3}
 
 
 def train(path: Path, steps: int, seed: int | None = None, **arguments: object) -> tuple[list[int], float]:

@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import data, private
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset
 
-from fastdp import ArgumentError, PrivacyEngine, PrivacyError
+from fastdp import ArgumentError, PrivacyError
 
 
 def make_model() -> nn.Module:
@@ -21,17 +22,13 @@ def make_model() -> nn.Module:
     ).double()
 
 
-def make(piece: int | None, n: int = 60, batch_size: int = 12, dataset: Dataset | None = None, **kwargs):
+def make(piece: int | None, n: int = 60, batch_size: int = 12, dataset: Dataset | None = None):
     torch.manual_seed(4)
-    records = dataset or TensorDataset(torch.randn(n, 6).double(), torch.randint(0, 3, (n,)))
+    records = dataset or data(n, torch.float64)
     module = make_model()
-    settings = {"noise_multiplier": 1.0, "max_grad_norm": 0.5, "max_physical_batch_size": piece, **kwargs}
-    return PrivacyEngine(seed=5).make_private(
-        module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9),
-        data_loader=DataLoader(records, batch_size=batch_size),
-        **settings,
-    )
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    how = {"noise_multiplier": 1.0, "max_physical_batch_size": piece}
+    return private(module, optimizer, records, batch_size, seed=5, **how)[1:]
 
 
 def run(module, optimizer, loader, epochs: int = 2) -> list[int]:
@@ -52,13 +49,13 @@ class Records(Dataset):
 
     def __init__(self) -> None:
         torch.manual_seed(4)
-        self.x, self.y = torch.randn(60, 6).double(), torch.randint(0, 3, (60,))
+        self.records = data(60, torch.float64)
 
     def __len__(self) -> int:
         return 60
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.x[i], self.y[i]
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+        return self.records[i]
 
 
 @pytest.mark.parametrize("dataset", [None, Records()])

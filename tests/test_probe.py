@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loops import data, private
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fastdp import PrivacyEngine, PrivacyError
+
+
+def make(module: nn.Module, records: TensorDataset, batch_size: int = 20, **how: Any):
+    return private(module, torch.optim.SGD(module.parameters(), lr=0.1), records, batch_size, **how)[1:]
 
 
 def run(
@@ -25,19 +32,11 @@ def run(
     x: Tensor | None = None,
     loss_reduction: str = "mean",
     prepare=lambda x: x,
-    **loader_kwargs,
 ) -> None:
     x = torch.randn(60, 6) if x is None else x
     labels = torch.randint(0, 3, (60,)) if labels is None else labels
-    module, optimizer, loader = PrivacyEngine(seed=1).make_private(
-        module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(x, labels), batch_size=batch_size, **loader_kwargs),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        loss_reduction=loss_reduction,
-        poisson_sampling=poisson_sampling,
-    )
+    how = {"loss_reduction": loss_reduction, "poisson_sampling": poisson_sampling}
+    module, optimizer, loader = make(module, TensorDataset(x, labels), batch_size, **how)
     for _, (x, y) in zip(range(steps), loader, strict=False):
         optimizer.zero_grad()
         loss(module(prepare(x)), y).backward(weights(y))
@@ -114,14 +113,7 @@ def test_the_probe_leaves_buffers_and_random_numbers_alone() -> None:
     x, y = torch.randn(60, 6), torch.randint(0, 3, (60,))
     states = []
     for probed in (True, False):
-        module = mlp(nn.Dropout(0.5))
-        module, _optimizer, loader = PrivacyEngine(seed=1).make_private(
-            module=module,
-            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-            data_loader=DataLoader(TensorDataset(x, y), batch_size=20),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-        )
+        module, _, loader = make(mlp(nn.Dropout(0.5)), TensorDataset(x, y))
         batch, labels = next(iter(loader))
         torch.manual_seed(5)
         if probed:
@@ -164,14 +156,7 @@ def test_ignored_labels_under_a_mean_are_refused_whenever_they_come() -> None:
     with pytest.raises(PrivacyError, match="ignore_index=-100"):
         run(mlp(), F.cross_entropy, labels=labels)
     late = torch.randint(0, 3, (60,))
-    module = mlp()
-    module, optimizer, loader = PrivacyEngine(seed=1).make_private(
-        module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(torch.randn(60, 6), late), batch_size=20),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
+    module, optimizer, loader = make(mlp(), TensorDataset(torch.randn(60, 6), late))
     batches = iter(loader)
     x, y = next(batches)
     F.cross_entropy(module(x), y).backward()
@@ -183,18 +168,21 @@ def test_ignored_labels_under_a_mean_are_refused_whenever_they_come() -> None:
     run(mlp(), summed, labels=labels, loss_reduction="sum")
 
 
-def test_a_loss_that_cannot_be_replayed_is_refused() -> None:
+def test_a_loss_that_cannot_be_replayed_is_refused(loop) -> None:
+    _, module, optimizer, loader = loop
+    x, _y = next(iter(loader))
+    torch.autograd.backward(module(x).square().mean())
     with pytest.raises(PrivacyError, match="not probed"):
-        module = mlp()
-        module, optimizer, loader = PrivacyEngine(seed=1).make_private(
-            module=module,
-            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-            data_loader=DataLoader(TensorDataset(torch.randn(60, 6)), batch_size=20),
-            noise_multiplier=1.0,
-            max_grad_norm=1.0,
-        )
-        (x,) = next(iter(loader))
-        torch.autograd.backward(module(x).square().mean())
+        optimizer.step()
+
+
+def test_a_step_that_uses_other_layers_than_were_probed_is_refused(loop) -> None:
+    _, module, optimizer, loader = loop
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    optimizer.zero_grad()
+    F.cross_entropy(module[2:](torch.zeros(len(x), 9)), y).backward()
+    with pytest.raises(PrivacyError, match="not probed for coupled records"):
         optimizer.step()
 
 
@@ -440,13 +428,7 @@ def test_each_mode_is_probed() -> None:
 
     module = mlp(Mixes())
     module.eval()
-    module, optimizer, loader = PrivacyEngine(seed=1).make_private(
-        module=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(torch.randn(60, 6), torch.randint(0, 3, (60,))), batch_size=20),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
+    module, optimizer, loader = make(module, data())
     with pytest.raises(PrivacyError, match=r"depends on the other records|not probed"):
         for step, (x, y) in enumerate(loader):
             optimizer.zero_grad()
@@ -471,45 +453,29 @@ SCALED = {
 }
 
 
-@pytest.mark.parametrize("name", SCALED)
-def test_a_loss_scaled_by_the_number_of_records_is_refused(name: str) -> None:
-    """To a replay the number is a constant; one record more, and the gradients of all others change."""
-    reduction, loss_of = SCALED[name]
-    model = nn.Linear(4, 1)
-    _, optimizer, loader = PrivacyEngine(seed=1).make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(torch.randn(100, 4)), batch_size=20),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        loss_reduction=reduction,
-    )
-    with pytest.raises(
-        PrivacyError, match=r"loss: it is multiplied or divided by a number that follows \d+, the number"
-    ):
+def train_on_squares(loss_of, loss_reduction: str, epochs: int = 1) -> Iterator[int]:
+    """Yields the number of records of each step."""
+    records = TensorDataset(torch.randn(100, 4))
+    model, optimizer, loader = make(nn.Linear(4, 1), records, loss_reduction=loss_reduction)
+    for _ in range(epochs):
         for (x,) in loader:
             optimizer.zero_grad()
             loss_of(model(x).squeeze(1).square()).backward()
             optimizer.step()
-    assert optimizer.steps <= 1
+            yield len(x)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_loss_scaled_by_the_number_of_records_is_refused(name: str) -> None:
+    """To a replay the number is a constant; one record more, and the gradients of all others change."""
+    reduction, loss_of = SCALED[name]
+    steps = train_on_squares(loss_of, reduction)
+    with pytest.raises(PrivacyError, match=r"loss: it is multiplied or divided by a number that follows \d+, the"):
+        next(steps)
+        next(steps)  # of another number of records
 
 
 @pytest.mark.parametrize("divisor", [20, 7.0])
 def test_a_sum_divided_by_a_constant_is_a_sum(divisor: float) -> None:
-    model = nn.Linear(4, 1)
-    _, optimizer, loader = PrivacyEngine(seed=1).make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(torch.randn(100, 4)), batch_size=20),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        loss_reduction="sum",
-    )
-    sizes = []
-    for _ in range(8):
-        for (x,) in loader:
-            optimizer.zero_grad()
-            (model(x).square().sum() / divisor).backward()
-            optimizer.step()
-            sizes.append(len(x))
-    assert 20 in sizes and optimizer.steps == 40
+    sizes = list(train_on_squares(lambda losses: losses.sum() / divisor, "sum", epochs=8))
+    assert 20 in sizes and len(sizes) == 40

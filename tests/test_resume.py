@@ -1,8 +1,9 @@
-"""The folder of a run (P8, P10): checkpoints, resumption after signals, kills and damage, and full disks."""
+"""Runs that end early (P8, P10): by signals, kills and damage; and what they are resumed from."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -15,9 +16,8 @@ import pytest
 import torch
 from mpi import kill, launch
 
-from fastdp import ArgumentError, checkpoint, comm, data, folder, ledger, run, train
-from fastdp.folder import RunFolder
-from fastdp.options import parse
+from fastdp import ArgumentError, checkpoint, data, ledger, train
+from fastdp.job import StopOnSignal
 
 SEEDED = ["--seed", "3", "--epochs", "2", "--noise-multiplier", "1", "--momentum", "0.5"]
 
@@ -119,6 +119,37 @@ def test_a_signal_stops_all_ranks_at_the_same_step(ranks: int, name: str, tmp_pa
     assert not (output / "model.pt").exists()
 
 
+def test_a_wish_to_stop_at_the_last_step_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after(monkeypatch, 32)
+    assert train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 32
+
+
+def test_the_last_step_is_kept_when_its_evaluation_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise SystemExit  # an Exception would make this process deaf to SIGINT: fastdp.job expects its end
+
+    monkeypatch.setattr(train, "evaluate", fail)
+    with pytest.raises(SystemExit):
+        train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", str(tmp_path / "run")])
+    state, _ = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
+    assert state is not None and state["steps"] == state["steps_trained"] == 32
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_any_second_signal_interrupts_and_the_handlers_come_back(first: int, second: int) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    asked = []
+    with StopOnSignal(lambda: asked.append(True)):
+        signal.raise_signal(first)
+        assert asked == [True]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(second)
+    assert asked == [True]
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
 def test_a_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     output = tmp_path / "out"
     slow = Path(launch.HERE / "train_slow_step.py")
@@ -152,7 +183,7 @@ def interrupted_run(output: Path, monkeypatch: pytest.MonkeyPatch, *arguments: s
         assert train.main([*more, *arguments]) == 130
 
 
-@pytest.mark.parametrize("damage", ["cut off", "bit", "empty", "other"])
+@pytest.mark.parametrize("damage", ["cut off", "bit", "empty", "other", "format"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,11 +193,32 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     content = bytearray(checkpoints[1].read_bytes())
     if damage == "bit":
         content[content.index(b"data/0") + 200] ^= 1
-    damaged = {"cut off": content[:-100], "bit": content, "empty": b"", "other": b"hello" * 1000}[damage]
+    other_format = io.BytesIO()
+    torch.save(torch.load(checkpoints[1]) | {"format": "fastdp checkpoint 0"}, other_format)
+    damaged = {
+        "cut off": content[:-100],
+        "bit": content,
+        "empty": b"",
+        "other": b"hello" * 1000,
+        "format": other_format.getvalue(),
+    }[damage]
     checkpoints[1].write_bytes(damaged)
     capsys.readouterr()
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert "step-0000000040.pt is damaged (" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["steps"] == 64 and report["steps_lost"] == 1
+
+
+def test_lost_steps_are_remembered_when_the_run_is_stopped_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted_run(tmp_path / "run", monkeypatch)
+    (tmp_path / "run" / "checkpoints" / "step-0000000040.pt").unlink()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert train.main(["--resume", str(tmp_path / "run")]) == 130
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["steps"] == 64 and report["steps_lost"] == 1
 
@@ -224,47 +276,30 @@ def test_a_run_whose_last_steps_were_all_lost_is_finished(
     assert report["steps"] == 90 and report["steps_lost"] == 50
 
 
+KILLED = """
+import os, signal, sys
+from fastdp import train
+fsync, left = os.fsync, int(sys.argv[1])
+def killed(file):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(file)
+os.fsync = killed
+train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", sys.argv[2]])
+"""
+
+
 @pytest.mark.parametrize("moment", range(1, 9))
 def test_a_run_killed_before_it_was_begun_is_begun_again(moment: int, tmp_path: Path) -> None:
     """At each fsync until run.json is there: what is left behind is nobody's, and --resume auto begins the run."""
     output = tmp_path / "run"
-    child = os.fork()
-    if child == 0:
-        # The parent's OpenMP threads are not there: the child would wait for them.
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.set_num_threads(1)
-        left, fsync = [moment], os.fsync
-
-        def killed(file: int) -> None:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            fsync(file)
-
-        os.fsync = killed  # type: ignore[assignment]
-        options = parse(["--noise-multiplier", "1", "--output", str(output)])
-        assert options is not None
-        path, alone = output, comm.init()
-        begun = run.make_run(options, alone, run.load_table(options), path)
-        run.open_folder(begun, path)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    done = subprocess.run([sys.executable, "-c", KILLED, str(moment), str(output)], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert output.is_dir()
     more = ["--epochs", "1", "--noise-multiplier", "1"] if not (output / "run.json").exists() else []
     assert train.main(["--resume", "auto", "--output", str(output), *more]) == 0
-
-
-def test_what_another_run_left_is_not_taken_for_that(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    interrupted_run(tmp_path / "run", monkeypatch)
-    path = tmp_path / "run"
-    for name in ("run.json", "metrics.jsonl", "ledger.jsonl"):
-        with pytest.raises(ArgumentError, match="must be a folder that is empty"):
-            folder.check_new(path)
-        (path / name).unlink()
-    with pytest.raises(ArgumentError, match="must be a folder that is empty"):
-        folder.check_new(path)  # checkpoints of later steps
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -374,117 +409,3 @@ def test_what_a_resumed_run_refuses(
     assert train.main(["--resume", str(tmp_path / "run"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert sorted((p, p.read_bytes()) for p in (tmp_path / "run").rglob("*.*")) == before
-
-
-def test_auto_takes_the_newest_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for age, (name, finished) in enumerate([("newest", True), ("new", False), ("old", False)]):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "run.json").write_text(json.dumps({"epochs": 7 + age}))
-        os.utime(tmp_path / "runs" / name / "run.json", (1e9 - age, 1e9 - age))
-        if finished:
-            (tmp_path / "runs" / name / "report.json").write_text("{}")
-    (tmp_path / "runs" / "empty").mkdir()
-    options = parse(["--resume", "auto"])
-    assert options is not None
-    assert (options.resume, options.output, options.epochs) == ("runs/new", Path("runs/new"), 8)
-    options = parse(["--resume", "auto", "--output", "runs/old", "--timeout", "5"])
-    assert options is not None and (options.output, options.epochs, options.timeout) == (Path("runs/old"), 9, 5.0)
-    options = parse(["--resume", "auto", "--output", "runs/empty"])
-    assert options is not None and options.resume is None and options.output == Path("runs/empty")
-    for finished in ("runs/newest", "runs/empty", "runs/missing"):
-        with pytest.raises(ArgumentError, match="resume="):
-            parse(["--resume", finished])
-
-
-def test_a_checkpoint_without_room_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = RunFolder(tmp_path / "out")
-    output.begin({}, {"steps_trained": 0})
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        assert not output.save_checkpoint(5, {"steps_trained": 5})
-    assert "warning: no checkpoint of step 5" in capsys.readouterr().out
-    assert [p.name for p in (output.path / "checkpoints").iterdir()] == ["step-0000000000.pt"]
-
-
-def test_lines_of_metrics_that_were_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "epsilon": null}\n{"epoch": 2, "eps')
-    output = RunFolder(tmp_path)
-    output.append_metrics({"epoch": 2, "epsilon": 0.5})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1, "epsilon": null}\n{"epoch": 2, "epsilon": 0.5}\n'
-    for damaged in (b"{{{\n", b"\xff\n", b"[1]\n"):
-        (tmp_path / "metrics.jsonl").write_bytes(damaged)
-        RunFolder(tmp_path)
-        assert "warning: curves.png will lack what was before" in capsys.readouterr().out
-
-
-def test_options_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for content in ("[]", "3", "{", ""):
-        (tmp_path / "run.json").write_text(content)
-        assert train.main(["--resume", str(tmp_path)]) == 2
-        assert "must be a run whose run.json" in capsys.readouterr().err
-    for arguments in (["--resume", "a" * 300], ["--resume", "auto", "--output", "a" * 300]):
-        assert train.main(arguments) == 2
-        assert "a folder that can be read (File name too long)" in capsys.readouterr().err
-
-
-def test_a_full_disk_is_one_line_and_leaves_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = RunFolder(tmp_path / "out")
-    output.append_metrics({"epoch": 1, "step": 1, "epsilon": 0.1, "accuracy": 0.5, "auc": 0.5, "log_loss": 0.7})
-    sizes: list[int] = []
-
-    def full(descriptor: int) -> None:
-        sizes.append(os.fstat(descriptor).st_size)
-        if len(sizes) == 3:  # model.pt, its folder, then report.json
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ArgumentError, match=r"a folder with room for report.json \(No space left on device\)"):
-        output.finish(SUMMARY, torch.nn.Linear(2, 1))
-    assert output.written == ["model.pt"]
-    assert sorted(p.name for p in output.path.iterdir()) == ["metrics.jsonl", "model.pt"]
-
-
-SUMMARY = {"delta": 1e-5, "data": "d", "model": "m", "private": True}
-METRICS = {"epoch": 1, "step": 1, "epsilon": 0.1, "private": True, "accuracy": 0.5, "auc": 0.5, "log_loss": 0.7}
-
-
-def test_a_picture_that_fails_or_is_interrupted_leaves_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def write(name: str, error: BaseException) -> RunFolder:
-        def fail(*_: object) -> None:
-            raise error
-
-        output = RunFolder(tmp_path / name)
-        output.append_metrics(METRICS)
-        monkeypatch.setattr(folder, "draw", fail)
-        output.finish(SUMMARY, torch.nn.Linear(2, 1))
-        return output
-
-    output = write("failed", ValueError("bogus is not a backend"))
-    assert "warning: curves.png was not drawn (ValueError: bogus is not a backend)" in capsys.readouterr().out
-    assert output.written == ["model.pt", "report.json"]
-    with pytest.raises(KeyboardInterrupt):
-        write("interrupted", KeyboardInterrupt())
-    for name in ("failed", "interrupted"):
-        assert sorted(p.name for p in (tmp_path / name).iterdir()) == ["metrics.jsonl", "model.pt", "report.json"]
-
-
-def test_metrics_without_room_are_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = RunFolder(tmp_path / "out")
-    output.append_metrics(METRICS)
-    (output.path / "metrics.jsonl").unlink()
-    (output.path / "metrics.jsonl").symlink_to("/dev/full")
-    output.append_metrics(METRICS)
-    output.append_metrics(METRICS)
-    assert capsys.readouterr().out == "warning: metrics.jsonl ends at epoch 1 (No space left on device)\n"
-    output.finish(SUMMARY, torch.nn.Linear(2, 1))

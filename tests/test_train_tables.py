@@ -152,6 +152,13 @@ def test_large_tables_are_evaluated_in_parts(monkeypatch: pytest.MonkeyPatch) ->
     assert metrics.evaluate(model, x, y) == pytest.approx(whole)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_evaluation_leaves_the_models_mode_alone(training: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5)).train(training)
+    metrics.evaluate(model, torch.randn(5, 3), torch.randint(0, 4, (5,)))
+    assert all(m.training is training for m in model.modules())
+
+
 USER = """
 import torch
 from torch import nn
