@@ -49,7 +49,13 @@ class Recorder:
         self.uses: list[LinearUse | Call] = []
         self.backward: int | None = None  # autograd's number of the backward that is being recorded
         self.batch = 0  # which of the loader's batches is current
+        self.inside = False  # a call of the module given to make_private, rather than of a part of it
         self.paused = False  # a forward that is run again
+
+    @property
+    def place(self) -> int | None:
+        """Where a use belongs: the batch; None if it is of no batch, since it was called beside the module."""
+        return self.batch if self.inside else None
 
     def clear(self) -> None:
         self.uses.clear()
@@ -65,6 +71,11 @@ class Recorder:
         self.backward = current
         if torch.is_grad_enabled():
             raise PrivacyError(f"{use.layer}: backward(create_graph=True) cannot be clipped per record")
+        if use.batch is None:
+            raise PrivacyError(
+                f"{use.layer}: a loss made of it beside the module given to make_private, which would not be probed; "
+                "call that module, not a part of it"
+            )
         if use.batch != self.batch:
             raise PrivacyError(f"{use.layer}: backward() through a forward of an earlier batch")
         use.check_unchanged()
@@ -150,7 +161,7 @@ class LinearHooks(Hooks):
         output = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
         y = self.attached(output)
         recorder, m = self.recorder, self.module
-        use = functools.partial(LinearUse, self.name, recorder.batch, [(a, a._version)], m.weight, m.bias, a)
+        use = functools.partial(LinearUse, self.name, recorder.place, [(a, a._version)], m.weight, m.bias, a)
         y.register_hook(lambda b: recorder.keep(use(b)))
         return y
 
@@ -186,7 +197,7 @@ class ModuleHooks(Hooks):
         recorder = self.recorder
         versions = [(x, x._version) for x in (*inputs, *self.managed)]
         values = [y.detach().clone() for y in watched]  # a user's in-place function may follow
-        call = functools.partial(Call, self.name, recorder.batch, versions, self.unit, (args, kwargs), values)
+        call = functools.partial(Call, self.name, recorder.place, versions, self.unit, (args, kwargs), values)
         torch.autograd.graph.register_multi_grad_hook(watched, lambda b: recorder.keep(call(list(b))))
         return tree_unflatten(leaves, spec)
 

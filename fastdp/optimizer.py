@@ -81,6 +81,8 @@ class PrivateOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        if self._recorder.uses:
+            self._probe.discarded()
         self._recorder.clear()
         self.inner.zero_grad(set_to_none=True)
 

@@ -34,7 +34,7 @@ class Use:
     """One call of a layer in a forward whose backward has come by."""
 
     layer: str
-    batch: int
+    batch: int | None
     versions: list[tuple[Tensor, int]]
 
     def check_unchanged(self) -> None:
@@ -133,7 +133,7 @@ class Unit:
             return pull(tuple(b)), outputs
 
         # vmap knows attention by its parts only.
-        with self._pause(), self._kept_buffers(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with self._pause(), kept_buffers(self.module), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             gradients, outputs = self._all_records(one, leaves, in_dims, b, out_dims, rows)
             for y, again, dim in zip(call.outputs, outputs, out_dims, strict=True):
                 self._check_output(_first(y, dim), again)
@@ -223,14 +223,17 @@ class Unit:
                     "that of the batch: it mixes records, or uses its parameters in a way that is not seen"
                 )
 
-    @contextmanager
-    def _kept_buffers(self) -> Iterator[None]:
-        kept = [(x, x.clone()) for x in self.module.buffers()]
-        try:
-            yield
-        finally:
-            for x, value in kept:
-                x.data.copy_(value)
+
+@contextmanager
+def kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Its buffers are afterwards as they were, whether the module changes them or puts others in their place."""
+    kept = [(m, name, x, x.clone()) for m in module.modules() for name, x in m._buffers.items() if x is not None]
+    try:
+        yield
+    finally:
+        for m, name, x, value in kept:
+            m._buffers[name] = x
+            x.data.copy_(value)
 
 
 def _floating(output: Any) -> list[Tensor]:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fastdp.coupling import STRENGTHS, compare, compare_half, replace_rows, size
 from fastdp.errors import PrivacyError
 from fastdp.layers import PLAIN, Inert, LinearUse, Recorder
-from fastdp.persample import Call
+from fastdp.persample import Call, kept_buffers
 from fastdp.tape import Tape, Taped, mark, plain
 
 PROBED_BATCHES = {1, 10, 100, 1000}
@@ -66,6 +66,7 @@ class Probe:
         self._needed = False  # in this step
         self._expected: int | None = None  # uses of layers that this step's probe saw
         self.tape: Tape | None = None
+        self._passed: Tape | None = None  # of this step, once it was probed
         root.register_forward_pre_hook(self.before, with_kwargs=True)
         root.register_forward_hook(self.after, with_kwargs=True, always_call=True)
 
@@ -81,7 +82,7 @@ class Probe:
             for x in tree_leaves(batch):
                 if isinstance(x, Tensor) and not x.is_floating_point() and bool((x == self.ignore_index).any()):
                     _refuse_ignored(self.ignore_index)
-        self.tape = None
+        self.tape = self._passed = None
         self._needed, self._expected, self._rows = False, None, rows
         if rows < 1:
             return batch
@@ -93,6 +94,12 @@ class Probe:
         self.tape = tape = Tape(self, rows)
         _check_batch(batch, rows)
         return tree_map_only(Tensor, tape.add_source, batch)
+
+    def discarded(self) -> None:
+        """Called by zero_grad() after a backward: the next one is the step's, and is to be probed if that one was."""
+        if self._passed is not None:
+            self.tape, self._passed = self._passed, None
+            self._needed, self._expected = True, None
 
     @property
     def _mode(self) -> tuple[bool, bool]:
@@ -108,23 +115,27 @@ class Probe:
             )
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if module is self.root:
+            self.recorder.inside = True
         if module is not self.root or not torch.is_grad_enabled() or self._rows < 1:
             return None
         if self.tape is None:
             # Training and evaluation mode are two models.
             self._needed = self._needed or (self._mode not in self._modes and self._expected is None)
             return None
-        self.tape.arguments = (args, kwargs)
+        self.tape.begin(args, kwargs)
         return tree_map_only(Tensor, plain, (args, kwargs))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         tape = self.tape
+        if module is self.root:
+            self.recorder.inside = False
         if module is not self.root or tape is None or output is None or not torch.is_grad_enabled():
             return None
         given = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor)]
         output = tree_map_only(Tensor, lambda x: mark(x, tape), output)
         tape.modules.update(given, (x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor)))
-        tape.calls.append((self.root, *tape.arguments, output))
+        tape.end(self.root, output)
         return output
 
     def check(self, loss: Tensor, gradient: Tensor | None) -> None:
@@ -192,8 +203,9 @@ class Probe:
                 continue
             seen.add(node)
             name = type(node).__name__.removesuffix("Backward")
-            # A backward hook of the module itself is replayed with it.
-            if isinstance(node, torch.autograd.function.BackwardCFunction) and name != "BackwardHookFunction":
+            # A backward hook of the module itself is replayed with it; layers called beside it are refused by keep().
+            known = name in ("BackwardHookFunction", "_Attach")
+            if isinstance(node, torch.autograd.function.BackwardCFunction) and not known:
                 raise PrivacyError(
                     f"loss: the backward of {name} is not torch's and cannot be replayed: call it in the module"
                 )
@@ -263,20 +275,19 @@ class Probe:
     def passed(self, uses: int) -> None:
         self._modes.add(self._mode)
         self._needed, self._expected = False, uses
-        self.tape = None
+        self.tape, self._passed = None, self.tape
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """Random numbers, buffers, gradients and what the layers recorded are afterwards as they were before."""
-        buffers = [(b, b.clone()) for b in self.root.buffers()]
         gradients = [(p, p.grad) for p in self.root.parameters()]
         python, numbers = random.getstate(), np.random.get_state()
         tape, self.tape = self.tape, None
         rows, self._rows = self._rows, 0  # the hooks above do nothing meanwhile
         uses, backward = self.recorder.uses, self.recorder.backward
         try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
-                # Dropout, layer drop and the like draw the same in every replay.
+            with torch.random.fork_rng(devices=[]), torch.enable_grad(), kept_buffers(self.root):
+                # What the loop draws is the same in every replay; what the module draws is what it drew.
                 torch.manual_seed(0)
                 random.seed(0)
                 np.random.seed(0)
@@ -289,8 +300,6 @@ class Probe:
             np.random.set_state(numbers)
             for p, g in gradients:
                 p.grad = g
-            for b, value in buffers:
-                b.data.copy_(value)
 
 
 def _check_batch(batch: Any, rows: int) -> None:

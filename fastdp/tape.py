@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
     from fastdp.probe import Probe
 
 
+class Random:
+    """Where the generators stood."""
+
+    def __init__(self) -> None:
+        self._states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    def restore(self) -> None:
+        ours, python, numbers = self._states
+        torch.set_rng_state(ours)
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
 class Tape:
     """The torch functions called on one batch, so that the step can be computed again on other records."""
 
@@ -26,9 +40,19 @@ class Tape:
         self.probe, self.rows = probe, rows
         self.sources: list[tuple[Tensor, Tensor]] = []  # as marked, and its value
         self.calls: list[tuple[Any, Any, Any, Any]] = []  # function, args, kwargs, result
-        self.arguments: tuple[Any, Any] = ((), {})  # of the root module's current call
+        self._begun: tuple[Any, Any, Random] = ((), {}, Random())  # the root module's current call
+        self._randoms: dict[int, Random] = {}  # by the number of a call of the root module: what it drew from
         self.drew = False  # random numbers were drawn in the last replay
         self.modules: set[Any] = set()  # autograd's nodes of the root module's outputs
+
+    def begin(self, args: Any, kwargs: Any) -> None:
+        """The root module is called."""
+        self._begun = (args, kwargs, Random())
+
+    def end(self, root: Any, output: Any) -> None:
+        """It returned."""
+        args, kwargs, self._randoms[len(self.calls)] = self._begun
+        self.calls.append((root, args, kwargs, output))
 
     def add_source(self, x: Tensor) -> Tensor:
         marked = mark(x, self)
@@ -42,8 +66,12 @@ class Tape:
         known: dict[int, Any] = {id(marked): change(value).clone() for marked, value in self.sources}
         values: list[Any] = []
         with self.probe.untouched():
-            start = torch.get_rng_state()
-            for func, args, kwargs, result in self.calls:
+            start, self.drew = torch.get_rng_state(), False
+            for number, (func, args, kwargs, result) in enumerate(self.calls):
+                if number in self._randoms:
+                    self.drew |= not torch.equal(torch.get_rng_state(), start)
+                    self._randoms[number].restore()
+                    start = torch.get_rng_state()
                 args, kwargs = tree_map_only(Tensor, lambda x: known.get(id(x), x), (args, kwargs))
                 for x, y in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
                     if isinstance(x, Tensor):
@@ -52,7 +80,7 @@ class Tape:
                         values.append(y.tobytes())
                     elif isinstance(y, (int, float, bool, complex, torch.Size)):
                         values.append(y)
-            self.drew = not torch.equal(torch.get_rng_state(), start)
+            self.drew |= not torch.equal(torch.get_rng_state(), start)
             again = known.get(id(loss))
             if again is None or not again.requires_grad:
                 raise PrivacyError("loss: it cannot be replayed from the batch; use torch functions on it")

@@ -166,17 +166,20 @@ def run_on_all_ranks(options: Options) -> int:
             stop(made, folder)
         if folder is not None:
             folder.close()
-        made.engine.close()
         return INTERRUPTED if summary is None else status
     except KeyboardInterrupt:
         return interrupted(comm, "before the first step" if run is None else run.interrupted(path))
     except Exception as error:
         return end_all_ranks(comm, error)
+    finally:
+        if run is not None:
+            run.engine.close()
 
 
 def main(arguments: list[str] | None = None) -> int:
     report.print_what_can_be_printed()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options = parse(arguments)
         return 0 if options is None else run_on_all_ranks(options)
@@ -185,7 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -176,14 +176,116 @@ def test_a_loss_that_cannot_be_replayed_is_refused(loop) -> None:
         optimizer.step()
 
 
-def test_a_step_that_uses_other_layers_than_were_probed_is_refused(loop) -> None:
-    _, module, optimizer, loader = loop
+class FirstTimeOnly(nn.Sequential):
+    """Passes its last layer over in all calls but the first, and so in replays."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) if self.calls == 1 else self[:-1](x)
+
+
+def test_a_step_that_uses_other_layers_than_were_probed_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="not probed for coupled records"):
+        run(FirstTimeOnly(nn.Linear(6, 3), nn.Linear(3, 3)), F.cross_entropy)
+
+
+BESIDE = {
+    "part": lambda m, x: m[2](x - x.mean(0)).sum(1).mean(),
+    "part in a part": lambda m, x: m[1:](x - x.mean(0)).mean(),
+    "unused layer": lambda m, x: m[2](torch.zeros(len(x), 6)).mean(),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("later", [False, True])
+def test_a_part_called_beside_the_module_is_refused(name: str, later: bool) -> None:
+    """Its inputs are not replayed: a loss linear in its output would hide that they couple records."""
+    module = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    _, optimizer, loader = make(module, data())
+    for step, (x, y) in enumerate(loader):
+        beside = BESIDE[name](module, x)  # without a backward, nothing is wrong with it
+        optimizer.zero_grad()
+        loss = F.cross_entropy(module(x), y)
+        if later and step < 2:
+            loss.backward()
+            optimizer.step()
+            continue
+        with pytest.raises(PrivacyError, match="beside the module given to make_private"):
+            (loss + beside).backward()
+        return
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_backward_that_counts_is_probed(when: str) -> None:
+    """zero_grad() discards a first one; the loss of the second may be made before that, or after."""
+    module = nn.Linear(6, 3)
+    _, optimizer, loader = make(module, data())
     x, y = next(iter(loader))
     F.cross_entropy(module(x), y).backward()
-    optimizer.zero_grad()
-    F.cross_entropy(module[2:](torch.zeros(len(x), 9)), y).backward()
-    with pytest.raises(PrivacyError, match="not probed for coupled records"):
+    if when == "before":
+        second = F.cross_entropy(module(x - x.mean(0)), y)
+        optimizer.zero_grad()
+    else:
+        optimizer.zero_grad()
+        second = F.cross_entropy(module(x - x.mean(0)), y)
+    with pytest.raises(PrivacyError, match=r"on the other records|not probed"):
+        second.backward()
         optimizer.step()
+
+
+def test_a_second_backward_that_couples_nothing_passes() -> None:
+    module = mlp()
+    _, optimizer, loader = make(module, data())
+    for x, y in loader:
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    assert optimizer.steps == len(loader)
+
+
+class LayerDrop(nn.Module):
+    """Draws for the whole batch which layers it passes over."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.last, self.draw = nn.Linear(6, 3), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.draw() < 0.5:
+                x = torch.tanh(layer(x))
+        return self.last(x)
+
+
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()).item(), random.random, lambda: np.random.rand()])
+@pytest.mark.parametrize("seed", range(4))
+def test_replays_draw_what_the_module_drew(draw: Callable[[], float], seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    run(LayerDrop(draw), F.cross_entropy)
+
+
+class CountsCalls(nn.Linear):
+    """Puts another tensor in its buffer's place."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return super().forward(x)
+
+
+def test_a_buffer_that_counts_calls_is_no_coupling_and_counts_the_loops_calls() -> None:
+    module = CountsCalls()
+    run(module, F.cross_entropy)
+    assert module.calls.item() == 2
 
 
 class ReturnsLoss(nn.Module):

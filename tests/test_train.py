@@ -335,11 +335,11 @@ def test_an_interrupt_after_the_report_asks_for_no_resumption(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(folder, "draw", interrupted)
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     output = tmp_path / "run"
     assert train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", str(output)]) == 130
     assert f"; {output} has its report" in capsys.readouterr().err and (output / "report.json").exists()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_spent(
