@@ -31,6 +31,7 @@ class Reason(enum.IntEnum):
     MISSING = 5  # a missing cell, for which no value is declared
     UNKNOWN = 6  # a text outside the vocabulary
     NUMBER = 7  # no finite number
+    SYNTAX = 8  # no JSON object, or a cell of one that is neither text nor number nor boolean
 
 
 class CellError(ArgumentError):
@@ -51,7 +52,7 @@ class Column:
     """One column of the contract."""
 
     name: str
-    type: Literal["number", "category", "label", "target", "ignore"]
+    type: Literal["number", "category", "boolean", "label", "target", "ignore", "user"]
     bounds: tuple[float, float] = (0.0, 0.0)
     scale: Literal["linear", "log", "none"] = "linear"
     bins: tuple[float, ...] = ()
@@ -59,6 +60,7 @@ class Column:
     spellings: Mapping[str, int] | None = None  # what may stand in the raw file -> code
     other: int | None = None  # code that stands for a text outside the vocabulary
     missing: float | None = None  # number or code that stands for a missing cell; NaN: an indicator of its own
+    is_code: bool = False  # a category without features: its code goes to the model
 
     @property
     def has_indicator(self) -> bool:
@@ -68,8 +70,10 @@ class Column:
     @property
     def feature_names(self) -> tuple[str, ...]:
         """Names of the features that `encode` makes of this column."""
-        if self.type == "category":
+        if self.type == "category" and not self.is_code:
             return tuple(f"{self.name}={value}" for value in self.values)
+        if self.type == "boolean":
+            return (self.name,)
         if self.type != "number":
             return ()
         names: tuple[str, ...] = () if self.scale == "none" else (self.name,)
@@ -111,6 +115,9 @@ class Column:
         """Write the features of `cells` [n], codes or numbers, into zeros `out` float32 [n, len(feature_names)]."""
         rows: Array = np.arange(len(cells))
         self.check(cells)
+        if self.type == "boolean":
+            out[:, 0] = cells
+            return
         if self.type == "category":
             out[rows, cells] = 1
             return
@@ -138,6 +145,31 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Encoded rows."""
+
+    features: npt.NDArray[np.float32]  # [n, D]
+    categories: npt.NDArray[np.int32]  # [n, K]
+    labels: Array  # int64 [n] classes, or float32 [n] scaled targets
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, chosen: Array) -> Batch:
+        return Batch(self.features[chosen], self.categories[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How spark_jobs/prepare.py divides the rows."""
+
+    test: float = 0.2  # share held out
+    key: str = "fastdp"
+    split_by: Literal["content", "place"] = "content"
+    records_per_user: int = 1
+
+
+@dataclass(frozen=True)
 class Schema:
     """A column contract."""
 
@@ -145,6 +177,22 @@ class Schema:
     size_is_public: bool
     columns: tuple[Column, ...]
     layout: Layout = Layout()
+    preparation: Preparation = Preparation()
+
+    @property
+    def used(self) -> tuple[Column, ...]:
+        """All columns that are read."""
+        return tuple(column for column in self.columns if column.type != "ignore")
+
+    @property
+    def coded(self) -> tuple[Column, ...]:
+        """The categories that are left as codes, in order."""
+        return tuple(column for column in self.columns if column.is_code)
+
+    @property
+    def user(self) -> Column | None:
+        """Whose record a row is, if that is declared."""
+        return next((column for column in self.columns if column.type == "user"), None)
 
     @property
     def label(self) -> Column:
@@ -156,18 +204,15 @@ class Schema:
         """Names of all features, in the order of `encode`."""
         return tuple(name for column in self.columns for name in column.feature_names)
 
-    def encode(self, cells: Mapping[str, Array]) -> tuple[npt.NDArray[np.float32], Array]:
-        """Cells by column name, codes or numbers [n], to features float32 [n, D] and labels [n].
-
-        Labels are int64 classes, or scaled targets in float32.
+    def encode(self, cells: Mapping[str, Array]) -> Batch:
+        """Cells by column name, codes or numbers [n], encoded.
 
         Raises:
             CellError: naming column, row and value of the first bad cell.
         """
         labels = self.label.check(cells[self.label.name])
-        labels = (
-            self.label.scaled(labels).astype(np.float32) if self.label.type == "target" else labels.astype(np.int64)
-        )
+        is_target = self.label.type == "target"
+        labels = self.label.scaled(labels).astype(np.float32) if is_target else labels.astype(np.int64)
         features = np.zeros((len(labels), len(self.feature_names)), np.float32)
         start = 0
         for column in self.columns:
@@ -175,4 +220,7 @@ class Schema:
             if width:
                 column.encode(cells[column.name], features[:, start : start + width])
             start += width
-        return features, labels
+        categories = np.empty((len(labels), len(self.coded)), np.int32)
+        for i, column in enumerate(self.coded):
+            categories[:, i] = column.check(cells[column.name])
+        return Batch(features, categories, labels)

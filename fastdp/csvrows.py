@@ -8,6 +8,9 @@ carriage return that no line feed follows, bytes that are not UTF-8, and more th
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -18,7 +21,7 @@ from fastdp.columns import Layout, Reason
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from pyarrow import csv
+    import pyarrow.csv
 
 ROW_BYTES: Final = 1 << 20  # of a row; what is not closed must not fill the memory
 
@@ -43,6 +46,12 @@ class Rows:
         """A row as it is written, without its end."""
         line = self.data[self.starts[row] : self.ends[row]]
         return line[:-1].removesuffix(b"\r") if line.endswith(b"\n") else line
+
+    def texts(self, some: npt.NDArray[np.int64]) -> pa.Array:
+        """Of several rows, as binary."""
+        import pyarrow as pa
+
+        return pa.array([self.text(row) for row in some], pa.binary())
 
 
 def split(data: bytes, layout: Layout) -> Rows:
@@ -76,28 +85,28 @@ def cells(rows: Rows, names: list[str], used: dict[str, pa.DataType], layout: La
     Raises ArrowInvalid if a cell cannot be of its column's type.
     """
     import pyarrow as pa
-    from pyarrow import csv
+    import pyarrow.csv
 
     good = np.flatnonzero(rows.reasons == Reason.GOOD)
     if not len(good):
         return pa.table({name: pa.array([], kind) for name, kind in used.items()})
     wrong: list[int] = []
 
-    def skip(row: csv.InvalidRow) -> str:
+    def skip(row: pa.csv.InvalidRow) -> str:
         wrong.append(row.number - 1)
         return "skip"
 
     data = _without_the_others(rows, good)
-    table = csv.read_csv(
+    table = pa.csv.read_csv(
         pa.BufferReader(data),
-        csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names),
-        csv.ParseOptions(
+        pa.csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names),
+        pa.csv.ParseOptions(
             delimiter=layout.delimiter,
             quote_char='"' if layout.quotes else False,
             newlines_in_values=layout.quotes,
             invalid_row_handler=skip,
         ),
-        csv.ConvertOptions(
+        pa.csv.ConvertOptions(
             include_columns=list(used),
             column_types=used,
             null_values=list(layout.nulls),
@@ -110,28 +119,76 @@ def cells(rows: Rows, names: list[str], used: dict[str, pa.DataType], layout: La
     return table
 
 
-def piece(file: IO[bytes], start: int, stop: int, inside: bool | None, layout: Layout) -> bytes:
-    """The rows that begin in the bytes [start, stop) of a file, each to its end, unless that is too far away.
+def piece(file: IO[bytes], start: int, stop: int, inside: bool | None, layout: Layout) -> tuple[bytes, int]:
+    """The rows that begin in the bytes [start, stop) of a file, each to its end if that is near, and where they begin.
 
     inside: whether byte `start` stands within quotation marks; None: a row begins there.
     """
     before = 0 if inside is None else 1
     file.seek(start - before)
-    data = file.read(stop - start + before)
+    data, first = file.read(stop - start + before), start
     if inside is not None:
         inside ^= len(_quotes(data[:before], layout)) == 1
         after = _after_feed(data, inside, layout)
         if after is None or after >= len(data):
-            return b""
-        data, inside = data[after:], False
+            return b"", stop
+        data, first = data[after:], start - before + after
     while data and (len(_quotes(data, layout)) % 2 or not data.endswith(b"\n")):
-        odd = len(_quotes(data, layout)) % 2 == 1
         more = file.read(READ_BYTES)
-        after = _after_feed(more, odd, layout)
+        after = _after_feed(more, len(_quotes(data, layout)) % 2 == 1, layout)
         data += more[:after]
         if after is not None or not more or len(data) > stop - start + ROW_BYTES:
             break
-    return data
+    return data, first
+
+
+def blocks(stream: IO[bytes], layout: Layout, size: int) -> Iterator[tuple[int, bytes]]:
+    """A stream's rows from where it stands, about `size` bytes at a time, with their places after that.
+
+    Of a row that is too long, the beginning comes.
+    """
+    offset, carry = 0, b""
+    while chunk := stream.read(size):
+        data = carry + chunk
+        feeds = _feeds(np.frombuffer(data, np.uint8), _quotes(data, layout), False)
+        cut = int(feeds[-1]) + 1 if len(feeds) else 0
+        if cut:
+            yield offset, data[:cut]
+        offset, carry = offset + cut, data[cut:]
+        if len(carry) > ROW_BYTES:
+            yield offset, carry[: ROW_BYTES + 1]
+            inside, after = len(_quotes(carry, layout)) % 2 == 1, None
+            offset += len(carry)
+            while after is None and (chunk := stream.read(READ_BYTES)):
+                after = _after_feed(chunk, inside, layout)
+                inside ^= len(_quotes(chunk, layout)) % 2 == 1
+                offset += len(chunk) if after is None else after
+            carry = b"" if after is None else chunk[after:]
+    if carry:
+        yield offset, carry
+
+
+def head(stream: IO[bytes], layout: Layout) -> tuple[list[str] | None, int]:
+    """The names of the columns in a file's first row, and where its records begin.
+
+    None: it has no row with names, or shall have none. A byte order mark and comments stand before everything.
+    """
+    start = stream.read(READ_BYTES + ROW_BYTES)
+    offset = len(BOM) if start.startswith(BOM) else 0
+    while layout.comment and start.startswith(layout.comment.encode(), offset):
+        feed = start.find(b"\n", offset)
+        offset = len(start) if feed < 0 else feed + 1
+    if not layout.header:
+        return None, offset
+    rows = split(start[offset:], layout)
+    if not len(rows) or rows.reasons[0] != Reason.GOOD:
+        return None, offset
+    (names,) = csv.reader(
+        io.StringIO(rows.text(0).decode(), newline=""),
+        delimiter=layout.delimiter,
+        quoting=csv.QUOTE_MINIMAL if layout.quotes else csv.QUOTE_NONE,
+    )
+    return [name.strip() if layout.strip else name for name in names], offset + int(rows.ends[0])
 
 
 def _after_feed(data: bytes, inside: bool, layout: Layout) -> int | None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastdp import attributes, files, ops
-from fastdp.columns import Array, Schema
+from fastdp import attributes, files, ops, prepared
+from fastdp.columns import Batch, Schema
 from fastdp.errors import ArgumentError, require
 from fastdp.schema import parse_schema
 from fastdp.table import Table, check, check_finite, check_same
@@ -30,29 +30,31 @@ EMBEDDED: Final = ("adult",)
 HELD_OUT_KEY: Final = hashlib.sha256(b"fastdp: rows held out for evaluation").digest()
 HELD_OUT: Final = 0.2
 
-Arrays = tuple[Array, Array]  # features float32 [n, D] and labels [n]
-
 
 def load(
     data: str,
     schema: Path | None = None,
     evaluation_data: Path | None = None,
     evaluation_fraction: float | None = None,
+    verify: bool = False,
 ) -> Table:
     """A table by name, path or module:attribute.
 
     data: "adult" (UCI Adult, 32,561 training and 16,281 test rows, shipped with the package); a CSV, Parquet or Arrow
-        file, or a folder of such; or module:attribute, a Table, a pair (training, evaluation) of map-style datasets of
-        (features, label), or a callable that returns one of them.
+        file, or a folder of such; a folder that spark_jobs/prepare.py wrote; or module:attribute, a Table, a pair
+        (training, evaluation) of map-style datasets of (features, label), or a callable that returns one of them.
     schema: the TOML file that declares the columns, for files.
     evaluation_data: file or folder of evaluation rows; without it, about `evaluation_fraction` (0.2) of the rows are
         held out, by their number in the table.
+    verify: read a prepared folder's files, and compare with the checksums in its manifest.
 
     Raises:
         ArgumentError: naming the argument, or the column, row and value.
     """
     path = Path(data)
-    if data not in EMBEDDED and (path.exists() or files.kind_of(path) is not None):
+    is_prepared = data not in EMBEDDED and prepared.is_prepared(path)
+    require(is_prepared or not verify, "verify", verify, f"absent for data={data!r}: it is for prepared folders")
+    if data not in EMBEDDED and not is_prepared and (path.exists() or files.kind_of(path) is not None):
         require(schema is not None, "schema", None, f"a TOML file that declares the columns of {data}")
         assert schema is not None
         return _from_files(path, schema, evaluation_data, evaluation_fraction)
@@ -62,6 +64,8 @@ def load(
         ("evaluation_fraction", evaluation_fraction),
     ):
         require(value is None, name, value, f"absent for data={data!r}: it is for files")
+    if is_prepared:
+        return prepared.load(path, verify)
     if data in EMBEDDED:
         return _embedded(data)
     if attributes.is_spec(data):
@@ -74,17 +78,17 @@ def _embedded(name: str) -> Table:
     folder = resources.files("fastdp") / "datasets"
     schema = parse_schema((folder / f"{name}.toml").read_text(encoding="utf-8"))
     with (folder / f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as cells:
-        used = [column.name for column in schema.columns if column.type != "ignore"]
         train, test = (
-            schema.encode({column: cells[f"{split}.{column}"] for column in used}) for split in ("train", "test")
+            schema.encode({column.name: cells[f"{split}.{column.name}"] for column in schema.used})
+            for split in ("train", "test")
         )
     return _of_schema(schema, train, test)
 
 
-def _of_schema(schema: Schema, train: Arrays, test: Arrays, **more: Any) -> Table:
+def _of_schema(schema: Schema, train: Batch, test: Batch, **more: Any) -> Table:
     target = schema.label if schema.label.type == "target" else None
     names, classes = schema.feature_names, schema.label.values
-    x, y, test_x, test_y = map(torch.from_numpy, (*train, *test))
+    x, y, test_x, test_y = map(torch.from_numpy, (train.features, train.labels, test.features, test.labels))
     return Table(schema.name, x, y, test_x, test_y, names, classes, schema.size_is_public, target, **more)
 
 
@@ -99,22 +103,26 @@ def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction
         schema = parse_schema(schema_path.read_text(encoding="utf-8"))
     except (OSError, UnicodeError) as error:
         raise ArgumentError("schema", str(schema_path), f"a TOML file that can be read ({error})") from error
+    for column in schema.columns:
+        plain = column.type != "user" and not column.is_code
+        kind = f"of type {column.type!r}" if column.type == "user" else "encoded as codes"
+        require(plain, f"column {column.name!r}", kind, "prepared by spark_jobs/prepare.py first")
     if evaluation is not None:
         files.list_files("evaluation_data", evaluation)  # before minutes are spent on the other
     declared = f"bounds, vocabularies and fill values are those of {schema_path.name}, taken to be public"
-    features, labels = files.read("data", path, schema)
+    whole = files.read("data", path, schema)
     if evaluation is not None:
         test = files.read("evaluation_data", evaluation, schema)
-        where = f"{len(test[1]):,} rows of {evaluation.name}"
-        return _of_schema(schema, (features, labels), test, evaluation=where, assumptions=(declared,))
-    held_out = held_out_rows(len(labels), fraction).numpy()
+        where = f"{len(test):,} rows of {evaluation.name}"
+        return _of_schema(schema, whole, test, evaluation=where, assumptions=(declared,))
+    held_out = held_out_rows(len(whole), fraction).numpy()
     for rows, what in ((held_out, "evaluation"), (~held_out, "training")):
         require(bool(rows.any()), "evaluation_fraction", fraction, f"such that a row is left for {what}")
     m = int(held_out.sum())
     return _of_schema(
         schema,
-        (features[~held_out], labels[~held_out]),
-        (features[held_out], labels[held_out]),
+        whole.rows(~held_out),
+        whole.rows(held_out),
         evaluation=f"{m:,} rows held out of the table by row number (evaluation_fraction={fraction:g})",
         assumptions=(
             declared,

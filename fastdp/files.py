@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from fastdp.columns import Array, CellError, Column, Layout, Reason, Schema
+from fastdp.columns import Array, Batch, CellError, Column, Layout, Reason, Schema
 from fastdp.errors import ArgumentError, require
 
 if TYPE_CHECKING:  # 0.5 s to import, and only tables from files need it
@@ -57,19 +57,19 @@ def list_files(argument: str, path: Path) -> list[Path]:
     return files
 
 
-def read(argument: str, path: Path, schema: Schema) -> tuple[Array, Array]:
-    """Features float32 [n, D] and labels [n] (as of `Schema.encode`) of all rows.
+def read(argument: str, path: Path, schema: Schema) -> Batch:
+    """All rows.
 
     argument: what the path was given as, for messages.
     Raises ArgumentError naming the file, or the column, row (from 0, header not counted) and value.
     """
     import pyarrow as pa
 
-    parts: list[tuple[Array, Array]] = []
+    parts: list[Batch] = []
     for file in list_files(argument, path):
         try:
             names, batches = _OPEN[kind_of(file) or ""](file, schema)
-            used = _used_columns(names, file.name, schema)
+            used = used_columns(names, file.name, schema)
             first_row = 0
             for batch in batches(used):
                 try:
@@ -81,9 +81,9 @@ def read(argument: str, path: Path, schema: Schema) -> tuple[Array, Array]:
             # A row of another length would be shown whole, with the columns that are not read.
             reason = re.sub(r"(columns, got \d+):.*", r"\1", " ".join(str(error).split()))
             raise ArgumentError(argument, str(file), f"a {kind_of(file)} file that can be read ({reason})") from error
-    require(sum(len(labels) for _, labels in parts) > 0, argument, str(path), "a table with at least one row")
-    features, labels = zip(*parts, strict=True)
-    return np.concatenate(features), np.concatenate(labels)
+    require(sum(map(len, parts)) > 0, argument, str(path), "a table with at least one row")
+    arrays = zip(*((part.features, part.categories, part.labels) for part in parts), strict=True)
+    return Batch(*map(np.concatenate, arrays))
 
 
 def parse(column: Column, cells: pa.Array, layout: Layout) -> tuple[Array, Array]:
@@ -194,6 +194,13 @@ def _all_numbers(texts: pa.Array) -> bool:
     return True
 
 
+def is_number(text: str) -> bool:
+    """Whether Arrow reads it as one."""
+    import pyarrow as pa
+
+    return _all_numbers(pa.array([text.strip()], pa.string()))
+
+
 def cell_error(column: Column, reason: int, row: int, value: object) -> CellError:
     """What to tell about a cell that cannot be used."""
     bound = "a finite number"
@@ -214,7 +221,7 @@ def parse_or_raise(column: Column, cells: pa.Array, layout: Layout) -> Array:
     return values
 
 
-def _encode(batch: pa.RecordBatch, schema: Schema) -> tuple[Array, Array]:
+def _encode(batch: pa.RecordBatch, schema: Schema) -> Batch:
     columns = {column.name: column for column in schema.columns}
     return schema.encode(
         {
@@ -224,7 +231,7 @@ def _encode(batch: pa.RecordBatch, schema: Schema) -> tuple[Array, Array]:
     )
 
 
-def _used_columns(names: list[str], file: str, schema: Schema) -> list[str]:
+def used_columns(names: list[str], file: str, schema: Schema) -> list[str]:
     """Names of the columns to read, in the schema's order."""
     for name in names:
         require(names.count(name) == 1, f"column {name!r} of {file}", "twice", "there once")
@@ -233,7 +240,7 @@ def _used_columns(names: list[str], file: str, schema: Schema) -> list[str]:
         require(
             name in declared, f"column {name!r} of {file}", "undeclared", 'in the schema, as type = "ignore" at least'
         )
-    used = [column.name for column in schema.columns if column.type != "ignore"]
+    used = [column.name for column in schema.used]
     for name in used:
         require(
             name in names, f"column {name!r} of {file}", "absent", f"there, as the schema declares; there are {names}"

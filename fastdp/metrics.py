@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdp.columns import Column
+from fastdp.stacked import Stacked
 
 # Key in report.json -> how people write it. The first that a run has is its headline, the last is drawn beside it.
 NAMES = {"accuracy": "accuracy", "auc": "AUC", "log_loss": "log-loss", "rmse": "RMSE", "r2": "R²"}
@@ -18,8 +19,14 @@ ROWS = 16384
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, features: Tensor, labels: Tensor, target: Column | None = None) -> dict[str, float]:
-    """Figures of `model` on `features` [m, D]; NaN where one is undefined.
+def evaluate(
+    model: nn.Module,
+    features: Tensor | Stacked,
+    labels: Tensor | Stacked,
+    target: Column | None = None,
+    categories: Stacked | None = None,
+) -> dict[str, float]:
+    """Figures of `model` on `features` [m, D], and `categories` [m, K] if there are any; NaN where one is undefined.
 
     labels int64 [m]: accuracy and log-loss (nats), and for two classes the area under the ROC curve.
     labels float32 [m]: root mean squared error and R² of regression. With the `target` column, whose scaled values the
@@ -27,7 +34,9 @@ def evaluate(model: nn.Module, features: Tensor, labels: Tensor, target: Column 
     """
     was_training = model.training
     model.eval()
-    outputs = torch.cat([model(rows).double() for rows in features.split(ROWS)])
+    inputs = [x.split(ROWS) for x in (features, categories) if x is not None]
+    outputs = torch.cat([model(*rows).double() for rows in zip(*inputs, strict=True)])
+    labels = torch.cat(list(labels.split(ROWS)))
     model.train(was_training)
     if labels.is_floating_point():
         return _of_regression(outputs.squeeze(1), labels.double(), target)

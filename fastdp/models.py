@@ -16,16 +16,19 @@ from fastdp.errors import ArgumentError, require
 FORMS = "mlp:H1,H2,... with positive integers, logistic, or module:attribute"
 
 
-def build_model(spec: str, record: Sequence[int], outputs: int) -> nn.Module:
+def build_model(spec: str, record: Sequence[int], outputs: int, categories: Sequence[int] = ()) -> nn.Module:
     """A model of records of shape `record`, with `outputs` logits (or predictions) each.
 
     spec: `mlp:64,32`; `logistic`, without hidden layers; or module:attribute, an nn.Module, of which a copy is trained,
         or a callable(inputs: int, outputs: int) that returns one (so a subclass of nn.Module will do), where inputs is
-        the number of features.
+        the number of features. With `categories`, the sizes of the vocabularies of a prepared table's codes, it is
+        called with these too, and the model with features and codes.
     """
     kind, _, sizes = spec.partition(":")
     if kind != "mlp" and attributes.is_spec(spec):
-        return _from_attribute(spec, record, outputs)
+        return _from_attribute(spec, record, outputs, categories)
+    bound = "module:attribute: the table has codes of categories, which these models do not take"
+    require(not categories, "model", spec, bound)
     hidden: list[int] = []
     if kind == "mlp":
         fields = sizes.split(",")
@@ -41,20 +44,23 @@ def build_model(spec: str, record: Sequence[int], outputs: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
 
 
-def _from_attribute(spec: str, record: Sequence[int], outputs: int) -> nn.Module:
+def _from_attribute(spec: str, record: Sequence[int], outputs: int, categories: Sequence[int]) -> nn.Module:
     found = attributes.find("model", spec)
     expected = "an nn.Module, or a callable(inputs: int, outputs: int) that returns one"
     if isinstance(found, nn.Module):
         model = copy.deepcopy(found)
     else:
         require(callable(found), "model", spec, f"{expected}; it is a {type(found).__name__}")
-        made = attributes.call("model", spec, found, expected, math.prod(record), outputs)
+        made = attributes.call(
+            "model", spec, found, expected, math.prod(record), outputs, *([tuple(categories)] if categories else [])
+        )
         require(isinstance(made, nn.Module), "model", spec, f"{expected}; it returned a {type(made).__name__}")
         model = made
     shape = "x".join(map(str, record))
     try:
         with torch.no_grad():
-            made = model(torch.zeros(2, *record))
+            codes = [torch.zeros(2, len(categories), dtype=torch.int32)] if categories else []
+            made = model(torch.zeros(2, *record), *codes)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ArgumentError("model", spec, f"a model of records of {shape} features ({reason})") from error

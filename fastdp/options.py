@@ -43,13 +43,16 @@ class Options:
 
     data: str = "adult"
     """Table to train on: adult (UCI Adult, which ships with the package); a CSV, Parquet or Arrow file, or a folder of
-    such, with --schema; or module:attribute, a fastdp.data.Table or a pair (training, evaluation) of datasets."""
+    such, with --schema; a folder that spark_jobs/prepare.py wrote; or module:attribute, a fastdp.data.Table or a pair
+    (training, evaluation) of datasets."""
     schema: Path | None = None
     "TOML file that declares the columns of a table in files: types, public bounds, vocabularies, label or target."
     evaluation_data: Path | None = None
     "File or folder of evaluation rows. Without it, rows of the table are held out, and epsilon does not protect them."
     evaluation_fraction: float | None = None
     "Share of rows held out where there is no --evaluation-data; 0.2 if not given. Row numbers decide which."
+    verify: bool = False
+    "Compare the files of a prepared folder with the checksums in its manifest; all of it is read."
     model: str = "mlp:32"
     """mlp:H1,H2,... (hidden layers), logistic, or module:attribute, an nn.Module or a callable(inputs, outputs) that
     returns one."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 import fastdp
 from fastdp import checkpoint, data, folder, metrics, report
@@ -30,7 +30,9 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.o
 
 def load_table(options: Options) -> data.Table:
     check_options(options)
-    table = data.load(options.data, options.schema, options.evaluation_data, options.evaluation_fraction)
+    table = data.load(
+        options.data, options.schema, options.evaluation_data, options.evaluation_fraction, options.verify
+    )
     data.check(table)
     n = len(table.train_labels)
     require(1 <= options.batch_size <= n, "batch_size", options.batch_size, f"in [1, {n}], the training records")
@@ -103,15 +105,14 @@ def make_run(options: Options, comm: Communicator, table: data.Table, path: Path
         torch.seed()
     else:
         torch.manual_seed(options.seed)
-    model = build_model(options.model, table.train_features.shape[1:], table.outputs)
+    model = build_model(options.model, table.train_features.shape[1:], table.outputs, table.category_sizes)
     engine = fastdp.PrivacyEngine(options.accountant, options.seed, path / folder.LEDGER)
     momentum = {"momentum": options.momentum} if options.optimizer == "sgd" else {}
     optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.learning_rate, **momentum)
-    records = TensorDataset(table.train_features, table.train_labels)
     common: dict[str, Any] = {
         "module": model,
         "optimizer": optimizer,
-        "data_loader": DataLoader(records, batch_size=options.batch_size),
+        "data_loader": DataLoader(table.training, batch_size=options.batch_size),
         "max_grad_norm": options.max_grad_norm,
         "poisson_sampling": not options.shuffle,
         "max_physical_batch_size": options.max_physical_batch_size,

@@ -28,6 +28,7 @@ from fastdp import ops
 from fastdp.errors import ArgumentError, PrivacyError, require
 from fastdp.plan import Plan
 from fastdp.secret import SecretKey
+from fastdp.stacked import Records, Stacked
 
 
 class BatchSampler:
@@ -121,7 +122,8 @@ class PrivateLoader:
 
     def _fetch(self, ids: Iterator[Tensor]) -> Iterator[tuple[int, Any]]:
         loader, dataset = self._loader, self.dataset
-        if type(dataset) is TensorDataset and loader.collate_fn is default_collate and loader.num_workers == 0:
+        plain = loader.collate_fn is default_collate and loader.num_workers == 0
+        if plain and (type(dataset) is TensorDataset or type(dataset) is Records):
             for chosen in ids:  # the same as below without a Python call per record
                 yield len(chosen), [_rows_or_zeros(t, chosen) for t in dataset.tensors]
             return
@@ -167,7 +169,7 @@ class _Once:
         return self._lists
 
 
-def _rows_or_zeros(t: Tensor, ids: Tensor) -> Tensor:
+def _rows_or_zeros(t: Tensor | Stacked, ids: Tensor) -> Tensor:
     return t[ids] if len(ids) else torch.zeros(1, *t.shape[1:], dtype=t.dtype)
 
 

@@ -14,6 +14,7 @@ encoding of a row depends on that row alone and costs no privacy (P11). datasets
     comment = ""                    # CSV: lines at the top of a file that begin so are passed over
     strip = true                    # blanks around texts do not count
     nulls = [""]                    # texts that mean "missing", like nulls, unless a vocabulary has them
+    quotes = true                   # CSV: quotation marks enclose cells; false: they are characters like others
 
     [[column]]                      # one per column of the file, under its name
     name = "age"
@@ -28,6 +29,14 @@ encoding of a row depends on that row alone and costs no privacy (P11). datasets
     type = "category"               # texts, integers or booleans, as texts: "1", "true"
     values = ["clerk", ["none", "?"]]   # one indicator feature each; a list holds spellings of one value
     missing = "none"                # one of the values
+    other = "none"                  # the value, or one more, that texts outside the vocabulary count as
+    encode = "one-hot"              # "code": no feature, but a column of `categories`, for models that embed it
+
+    [[column]]
+    name = "member"
+    type = "boolean"                # one feature, 0 or 1
+    values = [["false", "0"], ["true", "1"]]    # these are taken if there are none here
+    missing = "false"               # one of the values
 
     [[column]]
     name = "zip"
@@ -44,6 +53,14 @@ encoding of a row depends on that row alone and costs no privacy (P11). datasets
     # bounds = [0, 50000]           # targets are clamped; the model is trained on the scaled ones
     # scale = "linear"              # or "log"
 
+    [prepare]                       # for spark_jobs/prepare.py only, as columns of type "user" are
+    test = 0.2                      # share of the rows that are held out, by a hash
+    key = "a public text"           # of that hash
+    split_by = "content"            # hash of what the row holds: no row then decides about another, and equal rows go
+                                    # together. "place": of the file's name and the row's place in it, for tables with
+                                    # few different rows; neighbouring tables are then those in which one row is blank
+    # records_per_user = 1          # with a column of type "user", by which rows then are held out, too
+
 A missing value without `missing`, and always in a label or target, is an error, as is a column that is not declared.
 """
 
@@ -55,7 +72,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
-from fastdp.columns import Column, Layout, Schema
+from fastdp.columns import Column, Layout, Preparation, Schema
 from fastdp.errors import ArgumentError, require
 
 if sys.version_info >= (3, 11):
@@ -75,7 +92,7 @@ def parse_schema(text: str) -> Schema:
     except tomllib.TOMLDecodeError as error:
         raise ArgumentError("schema", " ".join(str(error).split()), "TOML") from None
     require(document.get("format") == 1, "format", document.get("format"), "1, the format that this version reads")
-    _only(document, "schema", {"format", "name", "title", "size_is_public", "file", "column"})
+    _only(document, "schema", {"format", "name", "title", "size_is_public", "file", "column", "prepare"})
     name: Any = document.get("name")
     require(isinstance(name, str) and name != "", "name", name, "a name for the table")
     size_is_public: Any = document.get("size_is_public", False)
@@ -89,32 +106,54 @@ def parse_schema(text: str) -> Schema:
     require(len(set(names)) == len(names), "column", names, "of different names")
     labels = [column.name for column in columns if column.type in ("label", "target")]
     require(len(labels) == 1, "label", labels, "exactly one column of type label or target")
-    schema = Schema(name, size_is_public, columns, layout)
-    require(len(schema.feature_names) > 0, "column", names, "such that there is a feature")
+    users = [column.name for column in columns if column.type == "user"]
+    require(len(users) <= 1, "user", users, "at most one column")
+    schema = Schema(name, size_is_public, columns, layout, _parse_preparation(document.get("prepare", {}), users))
+    require(len(schema.feature_names) + len(schema.coded) > 0, "column", names, "such that there is a feature")
     return schema
 
 
 def _parse_layout(fields: Any) -> Layout:
     require(isinstance(fields, dict), "file", fields, "a [file] table")
-    _only(fields, "file", {"header", "delimiter", "comment", "strip", "nulls"})
-    header, strip = fields.get("header", True), fields.get("strip", True)
-    for key, value in (("header", header), ("strip", strip)):
+    _only(fields, "file", {"header", "delimiter", "comment", "strip", "nulls", "quotes"})
+    header, strip, quotes = (fields.get(key, True) for key in ("header", "strip", "quotes"))
+    for key, value in (("header", header), ("strip", strip), ("quotes", quotes)):
         require(isinstance(value, bool), f"file.{key}", value, "true or false")
     delimiter, comment, nulls = fields.get("delimiter", ","), fields.get("comment", ""), fields.get("nulls", [""])
     one = isinstance(delimiter, str) and len(delimiter.encode()) == 1 and delimiter not in '"\r\n'
     require(one, "file.delimiter", delimiter, "one ASCII character, not a quotation mark or a line's end")
     require(isinstance(comment, str), "file.comment", comment, "a text")
     require(isinstance(nulls, list) and all(isinstance(n, str) for n in nulls), "file.nulls", nulls, "a list of texts")
-    return Layout(header, delimiter, comment, strip, tuple(nulls))
+    return Layout(header, delimiter, comment, strip, tuple(nulls), quotes)
+
+
+def _parse_preparation(fields: Any, users: list[str]) -> Preparation:
+    require(isinstance(fields, dict), "prepare", fields, "a [prepare] table")
+    _only(fields, "prepare", {"test", "key", "split_by", "records_per_user"})
+    test, key, count = fields.get("test", 0.2), fields.get("key", "fastdp"), fields.get("records_per_user")
+    require(_is_number(test) and 0 <= test < 1, "prepare.test", test, "in [0, 1)")
+    require(isinstance(key, str) and key != "", "prepare.key", key, "a text")
+    split_by: Any = fields.get("split_by", "content")
+    require(split_by in ("content", "place"), "prepare.split_by", split_by, "'content' or 'place'")
+    if count is not None:
+        whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        require(whole, "prepare.records_per_user", count, "an integer >= 1")
+        require(bool(users), "prepare.records_per_user", count, "absent: no column has the type user")
+    return Preparation(float(test), key, split_by, 1 if count is None else count)
 
 
 _FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "number": frozenset({"bounds", "scale", "bins", "missing"}),
-    "category": frozenset({"values", "missing"}),
+    "category": frozenset({"values", "missing", "other", "encode"}),
+    "boolean": frozenset({"values", "missing"}),
     "label": frozenset({"values"}),
     "target": frozenset({"bounds", "scale"}),
     "ignore": frozenset(),
+    "user": frozenset(),
 }
+
+# What a boolean is written as, unless it is declared.
+_BOOLEAN: Final = [["false", "0"], ["true", "1"]]
 
 
 def _parse_column(fields: Mapping[str, Any], layout: Layout) -> Column:
@@ -124,8 +163,8 @@ def _parse_column(fields: Mapping[str, Any], layout: Layout) -> Column:
     require(isinstance(kind, str) and kind in _FIELDS, f"{name}.type", kind, f"one of {', '.join(map(repr, _FIELDS))}")
     unknown = sorted(set(fields) - {"name", "type"} - _FIELDS[kind])
     require(not unknown, f"{name}", unknown, f"without fields that a {kind} does not have")
-    if kind == "ignore":
-        return Column(name, "ignore")
+    if kind in ("ignore", "user"):
+        return Column(name, kind)
     return _parse_number(name, kind, fields) if "bounds" in _FIELDS[kind] else _parse_values(name, kind, fields, layout)
 
 
@@ -149,23 +188,33 @@ def _parse_number(name: str, kind: Any, fields: Mapping[str, Any]) -> Column:
 
 
 def _parse_values(name: str, kind: Any, fields: Mapping[str, Any], layout: Layout) -> Column:
-    values: Any = fields.get("values")
+    values: Any = fields.get("values", _BOOLEAN if kind == "boolean" else None)
     groups = [v if isinstance(v, list) else [v] for v in values] if isinstance(values, list) else []
     texts = [text for group in groups for text in group]
     unique = all(groups) and all(isinstance(text, str) for text in texts) and len(set(texts)) == len(texts)
-    require(len(groups) >= 2 and unique, f"{name}.values", values, "two or more different texts")
+    enough = len(groups) == 2 if kind == "boolean" else len(groups) >= 2
+    bound = f"two{'' if kind == 'boolean' else ' or more'} different texts"
+    require(enough and unique, f"{name}.values", values, bound)
     bare = not layout.strip or all(text == text.strip() for text in texts)
     require(bare, f"{name}.values", values, "without blanks around them, or [file] strip = false")
     spellings = {text: code for code, group in enumerate(groups) for text in group}
     missing = fields.get("missing")
     good = missing is None or (isinstance(missing, str) and missing in spellings)
     require(good, f"{name}.missing", missing, "one of the column's values")
+    other, encode = fields.get("other"), fields.get("encode", "one-hot")
+    require(other is None or (isinstance(other, str) and other != ""), f"{name}.other", other, "a text")
+    require(encode in ("one-hot", "code"), f"{name}.encode", encode, "'one-hot' or 'code'")
+    names = [group[0] for group in groups]
+    if other is not None and other not in spellings:
+        names.append(other)
     return Column(
         name,
         kind,
-        values=tuple(group[0] for group in groups),
+        values=tuple(names),
         spellings=spellings,
+        other=None if other is None else spellings.get(other, len(groups)),
         missing=None if missing is None else spellings[missing],
+        is_code=encode == "code",
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdp.columns import CellError, Column
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, require
+from fastdp.stacked import Records, Stacked
 
 
 @dataclass(frozen=True)
@@ -23,16 +24,20 @@ class Table:
     """
 
     name: str
-    train_features: Tensor  # float32 [n, D]
-    train_labels: Tensor  # int64 [n], float32 for regression
-    test_features: Tensor  # float32 [m, D]
-    test_labels: Tensor  # as train_labels [m]
+    train_features: Tensor | Stacked  # float32 [n, D]
+    train_labels: Tensor | Stacked  # int64 [n], float32 for regression
+    test_features: Tensor | Stacked  # float32 [m, D]
+    test_labels: Tensor | Stacked  # as train_labels [m]
     feature_names: tuple[str, ...]  # D names: "age", "sex=Male", "age in [25, 30)"; or none
     class_names: tuple[str, ...]
     size_is_public: bool  # whether n may be known to those who see the results
     target: Column | None = None
     evaluation: str = "the evaluation table"  # where the evaluation rows come from
     assumptions: tuple[str, ...] = ()  # what a reader of the epsilon must know about this table
+    train_categories: Stacked | None = None  # int32 [n, K]: codes that models get after the features
+    test_categories: Stacked | None = None
+    category_sizes: tuple[int, ...] = ()  # K vocabularies' sizes
+    digest: str | None = None  # of a prepared table, which was checked when it was written
 
     @property
     def num_classes(self) -> int:
@@ -50,6 +55,12 @@ class Table:
         return self.num_classes if self.task == "multi-class" else 1
 
     @property
+    def training(self) -> Records:
+        """Features, categories if there are any, and the label of each training record."""
+        inputs = (self.train_features, *([] if self.train_categories is None else [self.train_categories]))
+        return Records(*inputs, self.train_labels)
+
+    @property
     def declaration(self) -> str:
         """What its columns are; public."""
         return repr((self.feature_names, self.class_names, self.target))
@@ -58,9 +69,13 @@ class Table:
 def check(table: Table) -> None:
     """Refuse a table that cannot be trained on; the user's code may have made it.
 
+    Prepared tables are not read: their files hold what their schema allows, and `load` has compared the shapes.
+
     Raises:
         ArgumentError: naming what is wrong, with row and value.
     """
+    if table.digest is not None:
+        return
     regression = table.task == "regression"
     require(table.num_classes != 1, "class_names", table.class_names, "two or more; none for regression")
     kind = torch.float32 if regression else torch.int64
@@ -82,6 +97,7 @@ def check(table: Table) -> None:
         require(len(names) in (0, count), "feature_names", f"{len(names)} names", f"none, or {count}")
         require(labels.shape == (rows,), f"{split}_labels.shape", tuple(labels.shape), f"({rows},), one per record")
         require(labels.dtype is kind, f"{split}_labels.dtype", labels.dtype, f"{kind} for {table.task}")
+        assert isinstance(features, Tensor) and isinstance(labels, Tensor)
         check_finite(features.flatten(1), table.feature_names or None)
         if regression:
             check_finite(labels[:, None], ("the label",))
@@ -102,8 +118,10 @@ def check_same(comm: Communicator, table: Table) -> None:
     """
     if comm.size == 1:
         return
-    digest = hashlib.blake2b(table.declaration.encode())
+    digest = hashlib.blake2b(repr((table.declaration, table.digest)).encode())
     for tensor in (table.train_features, table.train_labels, table.test_features, table.test_labels):
+        if isinstance(tensor, Stacked):
+            continue  # the files' checksums are in table.digest
         digest.update(repr((tensor.shape, tensor.dtype)).encode())
         digest.update(tensor.detach().contiguous().numpy().data)
     first, *others = comm.allgather_object((digest.digest(), len(table.train_labels), len(table.test_labels)))

@@ -74,10 +74,10 @@ def train(run: Run, folder: RunFolder | None) -> dict[str, Any] | None:
     with progress, StopOnSignal(optimizer.ask_to_stop):
         while optimizer.steps < run.steps:
             started = time.perf_counter()
-            for features, labels in loader:
+            for *inputs, labels in loader:
                 mark("data")
                 optimizer.zero_grad()
-                loss = loss_of(model(features), labels)
+                loss = loss_of(model(*inputs), labels)
                 mark("forward")
                 loss.backward()
                 mark("backward")
@@ -114,7 +114,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "step": steps,
         "epsilon": run.engine.get_epsilon(run.options.delta),
         "private": run.is_private,
-        **metrics.evaluate(run.model, table.test_features, table.test_labels, table.target),
+        **metrics.evaluate(run.model, table.test_features, table.test_labels, table.target, table.test_categories),
     }
 
 

@@ -85,9 +85,9 @@ def test_nothing_but_the_row_decides_its_features(adult: Table, schema: Schema) 
     with (DATASETS / "adult.npz").open("rb") as file, np.load(file) as cells:
         for row in (0, 1234, 32560):
             one = {c.name: cells[f"train.{c.name}"][row : row + 1] for c in schema.columns}
-            features, labels = schema.encode(one)
-            assert np.array_equal(features[0], adult.train_features[row])
-            assert labels[0] == adult.train_labels[row]
+            encoded = schema.encode(one)
+            assert np.array_equal(encoded.features[0], adult.train_features[row])
+            assert encoded.labels[0] == adult.train_labels[row]
 
 
 def test_file_is_small_and_loads_fast() -> None:
@@ -209,13 +209,13 @@ def test_small_contract() -> None:
         "colour": cells_of("colour", ["red", "?", "red", "?"]),
         "y": cells_of("y", ["no", "yes", "no", "yes"]),
     }
-    features, labels = small.encode(cells)
+    encoded = small.encode(cells)
     expected = [[0, 1, 0, 1, 0], [0.25, 1, 0, 0, 1], [0.5, 0, 1, 1, 0], [1, 0, 1, 0, 1]]  # -3 and 1e6 clamped
-    assert features.tolist() == expected
-    assert labels.tolist() == [0, 1, 0, 1]
-    empty, none = small.encode({name: cell[:0] for name, cell in cells.items()})
-    assert empty.shape == (0, 5)
-    assert none.shape == (0,)
+    assert encoded.features.tolist() == expected and encoded.categories.shape == (4, 0)
+    assert encoded.labels.tolist() == [0, 1, 0, 1]
+    empty = small.encode({name: cell[:0] for name, cell in cells.items()})
+    assert empty.features.shape == (0, 5)
+    assert empty.labels.shape == (0,)
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def csv(folder: Path, rows: str, name: str = "t.csv", header: str = HEADER) -> P
 
 
 def read(path: Path, contract: str = CONTRACT) -> tuple[torch.Tensor, torch.Tensor]:
-    features, labels = files.read("data", path, parse_schema(contract))
-    return torch.from_numpy(features), torch.from_numpy(labels)
+    batch = files.read("data", path, parse_schema(contract))
+    return torch.from_numpy(batch.features), torch.from_numpy(batch.labels)
 
 
 def test_a_small_table_by_hand(tmp_path: Path) -> None:
@@ -459,7 +459,7 @@ def test_texts_keep_their_blanks_where_declared() -> None:
 def test_a_null_text_in_the_vocabulary_is_a_value() -> None:
     contract = CONTRACT.replace('["none", "?"]', '["none", "?", "NA"]').replace('missing = "none"', 'missing = "clerk"')
     schema = parse_schema(contract)
-    assert files.parse(schema.columns[2], pa.array(["NA", "", "clerk"]), schema.layout).tolist() == [1, 0, 0]
+    assert files.parse_or_raise(schema.columns[2], pa.array(["NA", "", "clerk"]), schema.layout).tolist() == [1, 0, 0]
 
 
 def test_the_readmes_schema_reads_its_table(tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_the_readmes_schema_reads_its_table(tmp_path: Path) -> None:
     features, labels = read(path, contract)
     assert features[:, 0].tolist() == pytest.approx([12 / 72, 22 / 72]) and labels.tolist() == [1, 0]
     described = parse_schema_docstring()
-    assert {c.type for c in described.columns} == {"number", "category", "ignore", "label"}
+    assert {c.type for c in described.columns} == {"number", "category", "boolean", "ignore", "label"}
 
 
 def parse_schema_docstring() -> Any:

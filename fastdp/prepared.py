@@ -1,0 +1,93 @@
+"""Prepared tables (fastdp/shards.py) as tensors that are views of their files' pages."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdp import shards
+from fastdp.columns import Schema
+from fastdp.errors import ArgumentError, require
+from fastdp.schema import parse_schema
+from fastdp.stacked import Stacked
+from fastdp.table import Table
+
+
+def is_prepared(path: Path) -> bool:
+    return (path / shards.MANIFEST).exists()
+
+
+def load(path: Path, verify: bool = False) -> Table:
+    """The table in a folder that spark_jobs/prepare.py wrote; nothing of it is read but the headers of its files.
+
+    verify: read it all, and compare with the checksums.
+    Raises ArgumentError if the manifest or a file is missing, of another size, altered, or of another format.
+    """
+    manifest = shards.read_manifest(path)
+    shards.check_files(path, manifest, sums=verify)
+    schema = parse_schema(manifest["config"])
+    train, test = (_split(path, manifest["files"][split], schema) for split in shards.SPLITS)
+    require(len(test["label"]) > 0, "data", str(path), "a table with test rows: see [prepare] test, and --test-input")
+    assumptions = ["bounds, vocabularies and fill values are those of the prepared table's schema, taken to be public"]
+    if manifest["evaluation"] != shards.FILES:
+        assumptions.append(f"the {manifest['evaluation']} are not trained on and not protected by epsilon")
+    return Table(
+        schema.name,
+        train["features"],
+        train["label"],
+        test["features"],
+        test["label"],
+        schema.feature_names,
+        schema.label.values,
+        schema.size_is_public,
+        schema.label if schema.label.type == "target" else None,
+        evaluation=f"{len(test['label']):,} {manifest['evaluation']}",
+        assumptions=tuple(assumptions),
+        train_categories=train.get("categories"),
+        test_categories=test.get("categories"),
+        category_sizes=tuple(len(column.values) for column in schema.coded),
+        digest=manifest["sha256"],
+    )
+
+
+def _split(folder: Path, files: list[dict[str, Any]], schema: Schema) -> dict[str, Stacked]:
+    parts: dict[str, list[Tensor]] = {name: [] for name in shards.layout_of(schema).names}
+    for file in files:
+        for name, tensors in _columns(folder / file["file"], file["rows"], schema).items():
+            parts[name] += tensors
+    if not files:  # nothing was held out
+        parts = {name: [torch.empty(0)] for name in parts}
+    return {name: Stacked(tensors) for name, tensors in parts.items()}
+
+
+def _columns(path: Path, rows: int, schema: Schema) -> dict[str, list[Tensor]]:
+    """The tensors of a file, one for each of its record batches."""
+    import pyarrow as pa
+
+    with open(path, "rb") as file:
+        # Private, so that torch may take the pages for writable: nothing that is written there reaches the file.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    whole = pa.py_buffer(mapped)
+    try:
+        opened = pa.ipc.open_file(whole)
+        batches = [opened.get_batch(i) for i in range(opened.num_record_batches)]
+    except pa.ArrowException as error:
+        raise ArgumentError("data", str(path), f"an Arrow file that can be read ({error})") from error
+    layout = shards.layout_of(schema)
+    require(opened.schema.equals(layout), f"columns of {path}", opened.schema.names, f"those of its schema: {layout}")
+    found = sum(batch.num_rows for batch in batches)
+    require(found == rows, f"rows of {path}", found, f"{rows}, as the manifest says")
+
+    def view(column: pa.Array) -> Tensor:
+        values = column.values if pa.types.is_fixed_size_list(column.type) else column
+        kind = values.type.to_pandas_dtype()
+        buffer = values.buffers()[1]
+        flat = np.frombuffer(mapped, kind, len(values), buffer.address - whole.address if len(values) else 0)
+        return torch.from_numpy(flat).view(len(column), -1) if values is not column else torch.from_numpy(flat)
+
+    return {field.name: [view(batch.column(field.name)) for batch in batches] for field in layout}

@@ -1,0 +1,280 @@
+"""Prepared tables: a folder of Arrow files that ranks map into memory, and the manifest that says what they hold.
+
+    manifest.json     what is there, with counts and checksums: private, like the records
+    summary.json      the same without what is computed from the records: may be published (P12)
+    train/, test/     part-00000.arrow, ...: `features` fixed_size_list<float32>[D], `categories`
+                      fixed_size_list<int32>[K] if the schema leaves categories as codes, `label` int64 or float32
+    private/          rows that cannot be used, with the reason
+
+Arrow IPC files, uncompressed, buffers at multiples of 64 bytes, so that tensors are views of the files' pages, which
+all ranks of a host share. A record's id is its place in the order of the manifest.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from fastdp.columns import Batch, Schema
+from fastdp.disk import make_folder, sync_folder, write_whole
+from fastdp.errors import ArgumentError, require
+
+if TYPE_CHECKING:  # Spark's workers have no torch; and only tables from files need pyarrow
+    import pyarrow as pa
+
+    from fastdp.transform import Source
+
+FORMAT: Final = "fastdp shards 1"
+MANIFEST: Final = "manifest.json"
+SUMMARY: Final = "summary.json"
+SPLITS: Final = ("train", "test")
+FILES: Final = "rows of files of their own"  # an `evaluation`
+FOLDERS: Final = (*SPLITS, "private")
+ALIGNMENT: Final = 64
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file of a split, as the manifest has it."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def write(folder: Path, name: str, batches: Iterable[Batch], schema: Schema) -> Written | None:
+    """A file with a record batch for each of `batches`, there whole or not at all; None, and no file, without rows.
+
+    Writers of the same name do not disturb each other: what they write is the same, and the last one stays.
+    """
+    import pyarrow as pa
+
+    layout, batch_padding = _padded(layout_of(schema))
+    partial = folder / f".{name}.{os.getpid()}.partial"
+    rows = 0
+    try:
+        with open(partial, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            sums = _Summed(file)
+            with pa.ipc.new_file(pa.PythonFile(sums, "w"), layout) as writer:
+                for batch in batches:
+                    if len(batch):
+                        rows += len(batch)
+                        writer.write_batch(_arrow(batch, layout), custom_metadata={"padding": batch_padding})
+            if rows:
+                file.flush()
+                os.fsync(file.fileno())
+        if not rows:
+            return None
+        partial.replace(folder / name)
+        sync_folder(folder)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Written(f"{folder.name}/{name}", rows, sums.size, sums.hash.hexdigest())
+
+
+def write_quarantine(folder: Path, name: str, bad: list[pa.RecordBatch]) -> None:
+    """Rows that cannot be used, as uncompressed Arrow: file, place, reason, column and text of each."""
+    import pyarrow as pa
+
+    whole = pa.Table.from_batches(bad) if bad else None
+    if whole is not None and whole.num_rows:
+        content = io.BytesIO()
+        with pa.ipc.new_file(content, whole.schema) as writer:
+            writer.write_table(whole)
+        write_whole(folder / name, lambda file: file.write(content.getbuffer()), mode=0o600)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a prepared table was made of."""
+
+    config: str  # the schema's text
+    input: str  # its fingerprint
+    versions: Mapping[str, str]
+    evaluation: str  # where test rows come from
+
+
+def fingerprint(sources: Iterable[Source]) -> str:
+    """Of the input's files: names, sizes, and when they were changed."""
+    files = [(source.name, source.bytes, source.changed, source.split) for source in sources]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def is_done(folder: Path, origin: Origin) -> bool:
+    """Whether the folder holds this table already. ArgumentError if it holds another, or what is not ours."""
+    if not folder.exists():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    require(names <= {MANIFEST, SUMMARY, *FOLDERS}, "output", str(folder), "a folder that is empty or does not exist")
+    if MANIFEST not in names:
+        return False  # a run that was killed: its files are written again
+    manifest = read_manifest(folder)
+    same = manifest["config"] == origin.config and manifest["input"] == origin.input
+    require(same, "output", str(folder), "a new folder: it holds a table of another input or configuration")
+    check_files(folder, manifest)
+    return True
+
+
+def begin(folder: Path) -> None:
+    """An empty folder; what a run left that was killed is removed, for it may have cut its input in other pieces."""
+    (folder / SUMMARY).unlink(missing_ok=True)
+    for name in FOLDERS:
+        make_folder(folder / name)
+        for left in (folder / name).glob("*part-*"):
+            left.unlink()
+    (folder / "private").chmod(0o700)
+
+
+def finish(folder: Path, schema: Schema, origin: Origin, written: list[dict[str, Any]]) -> None:
+    """Add everything up; the manifest comes last, and says that the table is whole."""
+    splits = {split: [each[split] for each in written if each[split] is not None] for split in SPLITS}
+    rows = {split: sum(file["rows"] for file in files) for split, files in splits.items()}
+    reasons = sum((Counter(each["reasons"]) for each in written), Counter())
+    read = sum(each["rows"] for each in written)
+    assert read == sum(rows.values()) + reasons.total(), f"rows were lost: {read} read, {rows}, {reasons}"
+    require(
+        rows["train"] > 0, "input", f"{read} rows", "with a row that can be trained on; private/ says what is wrong"
+    )
+    public = {
+        "format": FORMAT,
+        "name": schema.name,
+        "config": origin.config,
+        "privacy_unit": "row",
+        "evaluation": origin.evaluation,
+        "versions": dict(origin.versions),
+        **({"rows": rows} if schema.size_is_public else {}),
+    }
+    private = {"input": origin.input, "rows": {"read": read, **rows, "bad": dict(reasons)}, "files": splits}
+    write_whole(folder / SUMMARY, lambda file: file.write(_json(public)))
+    write_whole(folder / MANIFEST, lambda file: file.write(_json({**public, **private})), mode=0o600)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What a folder holds; ArgumentError unless that is a whole table."""
+    path = folder / MANIFEST
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = manifest["sha256"] == _digest(manifest)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArgumentError("data", str(folder), f"a prepared table whose {MANIFEST} can be read ({error})") from error
+    require(manifest["format"] == FORMAT, "data", manifest["format"], f"of the format {FORMAT!r}")
+    require(whole, "data", str(path), "unaltered: it is not what was written")
+    return manifest
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], sums: bool = False) -> None:
+    """ArgumentError unless all files of the manifest are there, of its sizes, and if `sums`, of its checksums."""
+    for each in (file for split in SPLITS for file in manifest["files"][split]):
+        path = folder / each["file"]
+        size = path.stat().st_size if path.is_file() else None
+        require(size == each["bytes"], f"data: size of {path}", size, f"{each['bytes']}, as its {MANIFEST} says")
+        if sums:
+            found, known = _sha256(path), each["sha256"]
+            require(found == known, f"data: sha256 of {path}", found, f"{known}, as its {MANIFEST} says")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n").encode()
+
+
+class _Summed(io.RawIOBase):
+    """A file that knows the checksum of what was written."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.size, self.hash = file, 0, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        self._file.write(data)
+        return len(data)
+
+
+def layout_of(schema: Schema) -> pa.Schema:
+    """The columns of the files."""
+    import pyarrow as pa
+
+    def vectors(kind: pa.DataType, size: int) -> pa.DataType:
+        return pa.list_(pa.field("item", kind, False), size)
+
+    fields = [pa.field("features", vectors(pa.float32(), len(schema.feature_names)), False)]
+    fields += [pa.field("categories", vectors(pa.int32(), len(schema.coded)), False)] if schema.coded else []
+    fields += [pa.field("label", pa.float32() if schema.label.type == "target" else pa.int64(), False)]
+    return pa.schema(fields)
+
+
+@functools.cache
+def _padded(fields: pa.Schema) -> tuple[pa.Schema, str]:
+    """`fields` with metadata, and metadata for each batch, that put all buffers at multiples of 64 bytes.
+
+    Arrow pads buffers to 64 bytes, but what is before the first of a batch to 8 only.
+    """
+    import pyarrow as pa
+
+    for before, between in ((" " * a, " " * b) for a in range(0, ALIGNMENT, 8) for b in range(0, ALIGNMENT, 8)):
+        layout = pa.schema(fields, metadata={"format": FORMAT, "padding": before})
+        file = io.BytesIO()
+        one = _one(fields)
+        with pa.ipc.new_file(file, layout) as writer:
+            for _ in range(2):
+                writer.write_batch(_arrow(one, layout), custom_metadata={"padding": between})
+        content = pa.py_buffer(file.getvalue())
+        opened = pa.ipc.open_file(content)
+        columns = [column for i in range(2) for column in opened.get_batch(i).columns]
+        buffers = [buffer for column in columns for buffer in column.buffers() if buffer is not None]
+        if all((buffer.address - content.address) % ALIGNMENT == 0 for buffer in buffers):
+            return layout, between
+    raise AssertionError("no padding aligns the files of this pyarrow")
+
+
+def _one(fields: pa.Schema) -> Batch:
+    """A row."""
+    features, *categories, label = fields
+    size = categories[0].type.list_size if categories else 0
+    zero = np.zeros(1, label.type.to_pandas_dtype())
+    return Batch(np.zeros((1, features.type.list_size), np.float32), np.zeros((1, size), np.int32), zero)
+
+
+def _arrow(batch: Batch, layout: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+
+    arrays = {"features": batch.features, "categories": batch.categories, "label": batch.labels}
+    columns = []
+    for field in layout:
+        values = np.ascontiguousarray(arrays[field.name])
+        padded = np.zeros(-(-values.nbytes // ALIGNMENT) * ALIGNMENT, np.uint8)
+        padded[: values.nbytes] = values.reshape(-1).view(np.uint8)
+        is_list = pa.types.is_fixed_size_list(field.type)
+        kind = field.type.value_type if is_list else field.type
+        flat = pa.Array.from_buffers(kind, values.size, [None, pa.py_buffer(padded)])
+        if is_list:
+            flat = pa.Array.from_buffers(field.type, len(batch), [None], children=[flat])
+        columns.append(flat)
+    return pa.record_batch(columns, layout)

@@ -1,0 +1,226 @@
+"""A piece of a raw table to encoded rows, divided into training and test rows, and to rows that cannot be used.
+
+Pure functions of the piece, its place and the schema: what becomes of a row depends on nothing else (P11), not on how
+the table was cut into pieces. spark_jobs/prepare.py calls them on executors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fastdp import csvrows, files
+from fastdp.columns import Array, Batch, Layout, Reason, Schema
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of the input."""
+
+    path: str
+    name: str  # the same wherever the input lies: goes into hashes
+    kind: str  # csv, json, parquet, arrow
+    gzipped: bool
+    bytes: int
+    changed: int  # when, in nanoseconds
+    split: Literal["train", "test"] | None  # of all its rows; None: a hash decides
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What became of the rows of a piece."""
+
+    rows: int
+    train: Batch
+    test: Batch
+    bad: pa.RecordBatch  # place int64, reason, column, text: a row each
+
+    @property
+    def quarantined(self) -> int:
+        return int(self.bad.num_rows)
+
+
+def of_csv(data: bytes, source: Source, offset: int, names: list[str], schema: Schema) -> Refined:
+    """Of the rows in `data`, which stands `offset` bytes after the beginning of its file; its columns are `names`."""
+    import pyarrow as pa
+
+    rows = csvrows.split(data, schema.layout)
+    used = [column.name for column in schema.used]
+    types = {column.name: pa.float64() if column.bounds != (0, 0) else pa.string() for column in schema.used}
+    texts = dict.fromkeys(used, pa.string())
+    try:
+        table = csvrows.cells(rows, names, types if _nulls_are_no_numbers(schema.layout) else texts, schema.layout)
+    except pa.ArrowInvalid:  # a cell that is no number
+        table = csvrows.cells(rows, names, texts, schema.layout)
+    readable = np.flatnonzero(rows.reasons == Reason.GOOD)
+    whole = _parse({name: table.column(name).combine_chunks() for name in used}, schema)
+    return _divided(rows.reasons, readable, whole, rows.starts + offset, source, rows.texts, schema)
+
+
+def of_columns(batch: pa.RecordBatch, source: Source, first_row: int, schema: Schema) -> Refined:
+    """Of rows that are typed already; `first_row` rows of their file stand before them."""
+    import pyarrow as pa
+
+    whole = _parse({column.name: batch.column(column.name) for column in schema.used}, schema)
+    places = np.arange(first_row, first_row + batch.num_rows)
+
+    def texts(rows: npt.NDArray[np.int64]) -> pa.Array:
+        return pa.array([repr(row) for row in batch.take(pa.array(rows)).to_pylist()], pa.binary())
+
+    reasons = np.full(batch.num_rows, Reason.GOOD, np.uint8)
+    return _divided(reasons, np.arange(batch.num_rows), whole, places, source, texts, schema)
+
+
+def of_json_lines(data: bytes, source: Source, offset: int, schema: Schema) -> Refined:
+    """Of the lines in `data`, which stands `offset` bytes after the beginning of its file: a JSON object each."""
+    import pyarrow as pa
+
+    rows = csvrows.split(data, dataclasses.replace(schema.layout, quotes=False))
+    cells: dict[str, list[str | None]] = {column.name: [] for column in schema.used}
+    for row in range(len(rows)):
+        if rows.reasons[row] == Reason.GOOD:
+            found = _json_cells(rows.text(row), list(cells))
+            if found is None:
+                rows.reasons[row] = Reason.SYNTAX
+                continue
+            for name, cell in zip(cells, found, strict=True):
+                cells[name].append(cell)
+    readable = np.flatnonzero(rows.reasons == Reason.GOOD)
+    whole = _parse({name: pa.array(texts, pa.string()) for name, texts in cells.items()}, schema)
+    return _divided(rows.reasons, readable, whole, rows.starts + offset, source, rows.texts, schema)
+
+
+def _json_cells(text: bytes, names: list[str]) -> list[str | None] | None:
+    """The named members as texts; None if the text is no object of such."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    try:
+        members = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(members, dict):
+        return None
+    found: list[str | None] = []
+    for name in names:
+        cell = members.get(name)
+        if cell is not None and not isinstance(cell, (str, int, float)):
+            return None
+        found.append(json.dumps(cell) if isinstance(cell, (int, float)) else cell)
+    return found
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    values: dict[str, Array]
+    reasons: npt.NDArray[np.uint8]
+    columns: npt.NDArray[np.int64]  # of the reason, as numbered in schema.used
+
+
+def _parse(cells: dict[str, pa.Array], schema: Schema) -> _Parsed:
+    """The first column that a row cannot be used for gives the reason."""
+    values: dict[str, Array] = {}
+    rows = len(next(iter(cells.values())))
+    reasons, columns = np.full(rows, Reason.GOOD, np.uint8), np.full(rows, -1, np.int64)
+    for number, column in enumerate(schema.used):
+        values[column.name], found = files.parse(column, cells[column.name], schema.layout)
+        if found.any():
+            new = (found != Reason.GOOD) & (reasons == Reason.GOOD)
+            reasons[new], columns[new] = found[new], number
+    return _Parsed(values, reasons, columns)
+
+
+def _divided(
+    reasons: npt.NDArray[np.uint8],
+    readable: npt.NDArray[np.int64],
+    parsed: _Parsed,
+    places: npt.NDArray[np.int64],
+    source: Source,
+    texts: Any,
+    schema: Schema,
+) -> Refined:
+    """reasons, places, texts: of all rows; parsed: of the `readable` ones."""
+    import pyarrow as pa
+
+    used = parsed.values
+    columns = np.full(len(reasons), -1, np.int64)
+    if parsed.reasons.any():
+        good = parsed.reasons == Reason.GOOD
+        used = {name: values[good] for name, values in used.items()}
+        reasons[readable], columns[readable] = parsed.reasons, parsed.columns
+        readable = readable[good]
+    test = is_test(used, source, places[readable], schema)
+    train_rows, test_rows = (
+        schema.encode({name: values[chosen] for name, values in used.items()}) for chosen in (~test, test)
+    )
+    bad = np.flatnonzero(reasons != Reason.GOOD)
+    names = [column.name for column in schema.used]
+    quarantined = pa.record_batch(
+        {
+            "file": pa.array([source.name] * len(bad), pa.string()),
+            "place": pa.array(places[bad], pa.int64()),
+            "reason": pa.array([Reason(r).name.lower() for r in reasons[bad]], pa.string()),
+            "column": pa.array([None if c < 0 else names[c] for c in columns[bad]], pa.string()),
+            "text": texts(bad),
+        }
+    )
+    return Refined(len(reasons), train_rows, test_rows, quarantined)
+
+
+def is_test(
+    values: dict[str, Array], source: Source, places: npt.NDArray[np.int64], schema: Schema
+) -> npt.NDArray[np.bool_]:
+    """Whether each row is held out, by a hash of what it holds: then no row decides about another (P1).
+
+    Or by its place, if the schema says so; or as is said of its file. Hashes below the share of 2^64 are held out.
+    """
+    if source.split is not None:
+        return np.full(len(places), source.split == "test")
+    how = schema.preparation
+    key = hashlib.sha256(how.key.encode()).digest()
+    if how.split_by == "place":
+        seed = int.from_bytes(hashlib.blake2b(source.name.encode(), digest_size=8, key=key).digest(), "little")
+        hashed = mixed(np.full(len(places), seed, np.uint64), places)
+    else:
+        hashed = row_hash(values, key)
+    below: npt.NDArray[np.bool_] = hashed < np.uint64(min(int(how.test * 2.0**64), 2**64 - 1))
+    return below
+
+
+def row_hash(values: dict[str, Array], key: bytes) -> npt.NDArray[np.uint64]:
+    """uint64 [n], of all columns' values and the key."""
+    rows = len(next(iter(values.values())))
+    hashed = np.full(rows, int.from_bytes(key[:8], "little"), np.uint64)
+    for column in values.values():
+        bits = (column + 0.0).view(np.uint64) if column.dtype == np.float64 else column  # no negative zeros
+        hashed = mixed(hashed, bits)
+    return mixed(hashed, np.full(rows, int.from_bytes(key[8:16], "little"), np.uint64))
+
+
+def mixed(hashed: npt.NDArray[np.uint64], value: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """A hash of both: splitmix64 (Steele, Lea & Flood 2014, doi:10.1145/2660193.2660195)."""
+    z = (hashed ^ value.view(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    mixed: npt.NDArray[np.uint64] = z
+    return mixed
+
+
+@functools.cache
+def _nulls_are_no_numbers(layout: Layout) -> bool:
+    """Then Arrow's reader may make numbers of texts: it looks for nulls before it takes blanks off."""
+    return layout.strip and not any(map(files.is_number, layout.nulls))
