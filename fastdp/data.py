@@ -101,6 +101,8 @@ def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction
     require(0 < fraction < 1, "evaluation_fraction", fraction, "in (0, 1)")
     try:
         schema = parse_schema(schema_path.read_text(encoding="utf-8"))
+    except ArgumentError as error:
+        raise ArgumentError(f"{schema_path.name}: {error.name}", error.value, error.bound) from None
     except (OSError, UnicodeError) as error:
         raise ArgumentError("schema", str(schema_path), f"a TOML file that can be read ({error})") from error
     for column in schema.columns:

@@ -203,9 +203,11 @@ def is_number(text: str) -> bool:
 
 def cell_error(column: Column, reason: int, row: int, value: object) -> CellError:
     """What to tell about a cell that cannot be used."""
-    bound = "a finite number"
+    bound = "a finite number, or one of [file] nulls"
     if reason == Reason.MISSING:
         bound = "there: no value is declared for missing cells of this column"
+        if column.type in ("label", "target"):
+            bound = f"there: a {column.type} may not be missing"
     elif reason == Reason.UNKNOWN:
         bound = f"one of {', '.join(map(repr, column.spellings or ()))}"
     return CellError(column.name, row, value, bound)
@@ -237,9 +239,10 @@ def used_columns(names: list[str], file: str, schema: Schema) -> list[str]:
         require(names.count(name) == 1, f"column {name!r} of {file}", "twice", "there once")
     declared = [column.name for column in schema.columns]
     for name in names:
-        require(
-            name in declared, f"column {name!r} of {file}", "undeclared", 'in the schema, as type = "ignore" at least'
-        )
+        bound = 'in the schema, as type = "ignore" at least'
+        if len(names) == 1 < len(declared):
+            bound = f"one of several: cells are separated by {schema.layout.delimiter!r}, as [file] delimiter says"
+        require(name in declared, f"column {name!r} of {file}", "undeclared", bound)
     used = [column.name for column in schema.used]
     for name in used:
         require(

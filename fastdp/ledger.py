@@ -114,7 +114,8 @@ class DurableLedger(Ledger):
                 return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise ArgumentError("ledger", str(self.path), "of no run that is still going on") from None
+                    bound = "of no run that is still going on (in this process, engine.close() ends one)"
+                    raise ArgumentError("ledger", str(self.path), bound) from None
             time.sleep(0.1)
 
     def _reserve(self, event: Event, missing: int) -> None:

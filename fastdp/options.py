@@ -134,7 +134,7 @@ def check_options(options: Options) -> None:
     require(not both, "noise_multiplier", options.noise_multiplier, "absent when target_epsilon is given")
 
     there = not options.tensorboard or importlib.util.find_spec("tensorboard") is not None
-    require(there, "tensorboard", True, "installed: pip install tensorboard")
+    require(there, "tensorboard", True, "absent until it is installed: pip install tensorboard")
     require(options.checkpoint_every > 0, "checkpoint_every", options.checkpoint_every, "> 0")
 
 
@@ -172,7 +172,8 @@ def parse(arguments: list[str] | None = None) -> Options | None:
     for name in (field.name for field in dataclasses.fields(given)):  # those that are None ("--lr none") too
         value = chosen.get(name)
         same = name in CHANGEABLE or value == began.get(name)
-        require(same, name, value, f"{began.get(name)!r} as in the run that is resumed, {path}")
+        bound = "absent" if began.get(name) is None else repr(began.get(name))
+        require(same, name, value, f"{bound} as in the run that is resumed, {path}")
     return dataclasses.replace(given, resume=str(path), output=path)
 
 

@@ -88,7 +88,9 @@ def refusal(m: nn.Module) -> str:
     if isinstance(m, nn.RNNBase) and m.dropout > 0 and m.num_layers > 1:
         return "without dropout inside: use single layers with nn.Dropout between them"
     if isinstance(m, nn.MultiheadAttention) and m.dropout > 0:
-        return "without dropout inside: its random numbers cannot be drawn again record by record"
+        return (
+            "without dropout of attention weights, which cannot be drawn again record by record: set its .dropout = 0.0"
+        )
     return ""
 
 

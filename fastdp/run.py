@@ -168,7 +168,7 @@ def _load_checkpoint(comm: Communicator, path: Path) -> dict[str, Any]:
     if comm.rank == 0:
         state, passed_over = checkpoint.load_newest(path / folder.CHECKPOINTS)
         for line in passed_over:
-            tell(f"warning: {line}; going on from one before it\n")
+            tell(f"warning: {line}{'' if state is None else '; going on from one before it'}\n")
     state = comm.bcast_object(state, 0)
     if state is None:
         raise ArgumentError("resume", str(path), "a run with an undamaged checkpoint")
@@ -195,6 +195,10 @@ def open_folder(run: Run, path: Path) -> RunFolder | None:
     # Once more: until this rank held the ledger, another run may have been at work here.
     if run.options.resume:
         folder.find(run.options.resume, path)
+        lost = run.optimizer.steps - run.steps_trained
+        report.say(
+            f"resuming {path} after step {run.optimizer.steps}; {lost} steps are lost, since no checkpoint has them"
+        )
     else:
         folder.check_new(path)
     opened = RunFolder(path, run.options.tensorboard)
@@ -208,6 +212,8 @@ def write_profile(run: Run, path: Path) -> None:
     assert run.profile is not None
     try:
         run.profile.write(path)
+        if run.comm.rank == 0:
+            report.say(f"the profile is in {path / 'private'}, and not to be published")
     except OSError as error:
         report.say(f"warning: the profile in {path} is not complete ({error.strerror})")
 

@@ -161,8 +161,7 @@ def _parse_column(fields: Mapping[str, Any], layout: Layout) -> Column:
     kind: Any = fields.get("type")
     require(isinstance(name, str) and name != "", "column.name", name, "a name")
     require(isinstance(kind, str) and kind in _FIELDS, f"{name}.type", kind, f"one of {', '.join(map(repr, _FIELDS))}")
-    unknown = sorted(set(fields) - {"name", "type"} - _FIELDS[kind])
-    require(not unknown, f"{name}", unknown, f"without fields that a {kind} does not have")
+    _only(fields, name, {"name", "type"} | _FIELDS[kind])
     if kind in ("ignore", "user"):
         return Column(name, kind)
     return _parse_number(name, kind, fields) if "bounds" in _FIELDS[kind] else _parse_values(name, kind, fields, layout)
@@ -193,7 +192,7 @@ def _parse_values(name: str, kind: Any, fields: Mapping[str, Any], layout: Layou
     texts = [text for group in groups for text in group]
     unique = all(groups) and all(isinstance(text, str) for text in texts) and len(set(texts)) == len(texts)
     enough = len(groups) == 2 if kind == "boolean" else len(groups) >= 2
-    bound = f"two{'' if kind == 'boolean' else ' or more'} different texts"
+    bound = f"two{'' if kind == 'boolean' else ' or more'} different texts, numbers too in quotation marks"
     require(enough and unique, f"{name}.values", values, bound)
     bare = not layout.strip or all(text == text.strip() for text in texts)
     require(bare, f"{name}.values", values, "without blanks around them, or [file] strip = false")
@@ -225,4 +224,4 @@ def _is_number(value: Any) -> bool:
 
 def _only(fields: Mapping[str, Any], name: str, known: set[str]) -> None:
     unknown = sorted(set(fields) - known)
-    require(not unknown, name, unknown, f"without fields other than {', '.join(sorted(known))}")
+    require(not unknown, name, unknown, f"of these fields only: {', '.join(sorted(known))}")

@@ -223,10 +223,10 @@ def test_small_contract() -> None:
     [
         ("colour", ["red", "blue"], "column 'colour', row 1='blue': must be one of 'red', '?'"),
         ("y", ["no", "maybe"], "column 'y', row 1='maybe': must be one of 'no', 'yes'"),
-        ("x", ["1", "2", "three"], "column 'x', row 2='three': must be a finite number"),
+        ("x", ["1", "2", "three"], "column 'x', row 2='three': must be a finite number, or one of [file] nulls"),
         ("x", ["1", ""], "column 'x', row 1='': must be there: no value is declared for missing cells of this column"),
-        ("x", ["1", "nan"], "column 'x', row 1='nan': must be a finite number"),
-        ("x", ["-inf"], "column 'x', row 0='-inf': must be a finite number"),
+        ("x", ["1", "nan"], "column 'x', row 1='nan': must be a finite number, or one of [file] nulls"),
+        ("x", ["-inf"], "column 'x', row 0='-inf': must be a finite number, or one of [file] nulls"),
     ],
 )
 def test_bad_cells_are_named(name: str, texts: list[str], message: str) -> None:

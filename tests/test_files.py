@@ -177,11 +177,14 @@ GOOD = "1,2,?,A,1\n"
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (GOOD + "x,2,?,A,1\n", "column 'age', row 1 of t.csv='x': must be a finite number"),
-        (GOOD + "nan,2,?,A,1\n", "column 'age', row 1 of t.csv='nan': must be a finite number"),
-        (GOOD + "1,-inf,?,A,1\n", "column 'debt', row 1 of t.csv='-inf': must be a finite number"),
+        (GOOD + "x,2,?,A,1\n", "column 'age', row 1 of t.csv='x': must be a finite number, or one of [file] nulls"),
+        (GOOD + "nan,2,?,A,1\n", "column 'age', row 1 of t.csv='nan': must be a finite number, or one of [file] nulls"),
+        (
+            GOOD + "1,-inf,?,A,1\n",
+            "column 'debt', row 1 of t.csv='-inf': must be a finite number, or one of [file] nulls",
+        ),
         (GOOD + "1,2,boss,A,1\n", "column 'job', row 1 of t.csv='boss': must be one of 'clerk', 'none', '?', 'été'"),
-        (GOOD * 2 + "1,2,?,A,NA\n", "column 'repaid', row 2 of t.csv='NA': must be there: no value is declared"),
+        (GOOD * 2 + "1,2,?,A,NA\n", "column 'repaid', row 2 of t.csv='NA': must be there: a label may not be missing"),
         (GOOD + "1,2\n", "data='*t.csv': must be a csv file that can be read (CSV parse error: Row #3: Expected 5"),
         ("", "data='*t.csv': must be a table with at least one row"),
     ],
@@ -255,9 +258,9 @@ def test_bad_files_are_named(tmp_path: Path, schema: Path) -> None:
     fails("evaluation_fraction=0.5: must be absent when", "t.csv", schema, tmp_path / "t.csv", 0.5)
     fails("evaluation_fraction=1e-09: must be such that a row is left for evaluation", "t.csv", schema, None, 1e-9)
     schema.write_text(CONTRACT.replace("format = 1", "format = 2"))
-    fails("format=2: must be 1", "t.csv")
+    fails("people.toml: format=2: must be 1", "t.csv")
     schema.write_text("format =")
-    fails("schema='Invalid value", "t.csv")
+    fails("people.toml: schema='Invalid value", "t.csv")
 
 
 def test_types_that_hold_no_such_values_are_named(tmp_path: Path) -> None:
@@ -271,7 +274,10 @@ def test_types_that_hold_no_such_values_are_named(tmp_path: Path) -> None:
             read(tmp_path / "t.parquet")
     for bad in (math.nan, math.inf):  # not null: nobody declared what it means
         pyarrow.parquet.write_table(pa.table(good | {"debt": [bad]}), tmp_path / "t.parquet")
-        with pytest.raises(ArgumentError, match=rf"column 'debt', row 0 of t.parquet={bad}: must be a finite number"):
+        with pytest.raises(
+            ArgumentError,
+            match=rf"column 'debt', row 0 of t.parquet={bad}: must be a finite number",
+        ):
             read(tmp_path / "t.parquet")
 
 
@@ -293,10 +299,10 @@ def test_a_file_without_header_and_its_own_ways(tmp_path: Path) -> None:
         ('["0", "1"]', "7", "repaid.values=7: must be two or more"),
         ("[file]", '[file]\ndelimiter = ";;"', "file.delimiter=';;': must be one ASCII character"),
         ("[file]", "[file]\nheader = 1", "file.header=1: must be true or false"),
-        ("[file]", "[file]\nencoding = 1", "file=['encoding']: must be without fields other than"),
+        ("[file]", "[file]\nencoding = 1", "file=['encoding']: must be of these fields only"),
         ('name = "people"', "", "name=None: must be a name"),
         ('name = "people"', 'name = "people"\nsize_is_public = "no"', "size_is_public='no': must be true or false"),
-        ('name = "people"', 'name = "people"\nbound = 1', "schema=['bound']: must be without"),
+        ('name = "people"', 'name = "people"\nbound = 1', "schema=['bound']: must be of these fields only"),
     ],
 )
 def test_bad_contracts_are_named(old: str, new: str, message: str) -> None:

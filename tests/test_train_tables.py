@@ -221,5 +221,8 @@ def test_a_bad_cell_is_one_line_and_writes_nothing(here: Path, capsys: pytest.Ca
     (here / "t.csv").write_text("size,kind,outcome\n1,old,low\nbig,new,high\n")
     status, out, err = run(capsys, "--data", "t.csv", "--schema", "s.toml")
     assert (status, out) == (2, "")
-    assert err == "fastdp.train: error: column 'size', row 1 of t.csv='big': must be a finite number\n"
+    assert (
+        err
+        == "fastdp.train: error: column 'size', row 1 of t.csv='big': must be a finite number, or one of [file] nulls\n"
+    )
     assert sorted(p.name for p in here.iterdir()) == ["s.toml", "t.csv"]
