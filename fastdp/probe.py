@@ -15,7 +15,6 @@ the back of torch's function calls (`torch.tensor(x)`, `x.as_subclass(Tensor)`, 
 from __future__ import annotations
 
 import functools
-import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,19 +30,12 @@ from fastdp.coupling import STRENGTHS, compare, compare_half, replace_rows, size
 from fastdp.errors import PrivacyError
 from fastdp.layers import PLAIN, Inert, LinearUse, Recorder
 from fastdp.persample import Call, kept_buffers
-from fastdp.tape import Tape, Taped, mark, plain
+from fastdp.scales import Scales
+from fastdp.tape import Tape, mark, plain
 
 PROBED_BATCHES = {1, 10, 100, 1000}
-UNDECIDED_BATCHES = 10
 
 _MEANS_OVER_COUNTED = (F.cross_entropy, F.nll_loss)
-
-_SCALINGS = {"div", "div_", "true_divide", "divide", "__truediv__", "__itruediv__", "__rtruediv__"}
-_SCALINGS |= {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"}
-_SCALINGS |= {"matmul", "__matmul__", "__rmatmul__", "dot", "vdot", "inner", "mv", "einsum"}
-
-# Of the number of records, by which a loss may be scaled: its square root, itself, its square.
-_POWERS = (0.5, 1.0, 2.0)
 
 
 class Probe:
@@ -56,9 +48,7 @@ class Probe:
     def __init__(
         self, root: nn.Module, recorder: Recorder, loss_is_mean: bool, sizes: frozenset[int] = frozenset()
     ) -> None:
-        self.root, self.recorder, self.loss_is_mean, self.sizes = root, recorder, loss_is_mean, sizes
-        self.undecided = False  # whether the loss is scaled by the number of records: the next batch may tell
-        self.scales: tuple[int, list[float]] | None = None  # number of records and the scales of the last probed batch
+        self.root, self.recorder, self.loss_is_mean, self.scales = root, recorder, loss_is_mean, Scales(sizes)
         self.ignore_index: int | None = None  # a label that would leave its record out of the loss's mean
         self._batches = {True: 0, False: 0}  # of a single record, of more
         self._modes: set[tuple[bool, bool]] = set()  # where checked: root.training, and whether on a single record
@@ -88,10 +78,10 @@ class Probe:
             return batch
         self._batches[rows == 1] += 1
         number = self._batches[rows == 1]
-        self._needed = number in PROBED_BATCHES or self._mode not in self._modes or self.undecided
+        self._needed = number in PROBED_BATCHES or self._mode not in self._modes or self.scales.undecided
         if not self._needed:
             return batch
-        self.tape = tape = Tape(self, rows)
+        self.tape = tape = Tape(rows, lambda tape: self.tape is tape, self.check)
         _check_batch(batch, rows)
         return tree_map_only(Tensor, tape.add_source, batch)
 
@@ -148,8 +138,8 @@ class Probe:
             if func in _MEANS_OVER_COUNTED and kwargs.get("reduction", "mean") == "mean":
                 self._check_counted_mean(args, kwargs)
         self._check_functions(tape, loss)
-        self._check_scales(tape, gradient)
-        base, values, buffers = tape.replay(loss, gradient, lambda x: x)
+        self.scales.check(tape, gradient, self._batches[False])
+        base, values, buffers = self._replay(tape, loss, gradient, lambda x: x)
         if not base:
             return
         rows = tape.rows
@@ -165,7 +155,7 @@ class Probe:
             def replace(x: Tensor, changed: Tensor = changed, strength: float = strength) -> Tensor:
                 return replace_rows(x, changed, strength)
 
-            other, other_values, other_buffers = tape.replay(loss, gradient, replace)
+            other, other_values, other_buffers = self._replay(tape, loss, gradient, replace)
             compare(base, other, ~changed)
             if values != other_values:
                 raise PrivacyError(
@@ -182,9 +172,9 @@ class Probe:
         one = torch.ones(1, dtype=torch.bool)
         for strength in sorted(set(STRENGTHS)):
             change = functools.partial(replace_rows, changed=one, strength=strength)
-            _, _, other = tape.replay(loss, gradient, change)
+            _, _, other = self._replay(tape, loss, gradient, change)
             self._check_buffers(buffers, other)
-        again, _, _ = tape.replay(loss, gradient, lambda x: x)
+        again, _, _ = self._replay(tape, loss, gradient, lambda x: x)
         compare(base, again, one)
 
     def _check_buffers(self, buffers: list[Tensor], others: list[Tensor]) -> None:
@@ -219,33 +209,6 @@ class Probe:
         if bool((target == self.ignore_index).any()):
             _refuse_ignored(self.ignore_index)
 
-    def _check_scales(self, tape: Tape, gradient: Tensor | None) -> None:
-        """A loss scaled by a number that follows len(batch): one record more, and the gradients of all others change.
-
-        A replay has such a number as a constant. It is known by its value, or by how it follows the number of records
-        from one probed batch to the next.
-        """
-        found = [] if gradient is None else [gradient]
-        for func, args, kwargs, _ in tape.calls:
-            if getattr(func, "__name__", "") in _SCALINGS:
-                found += [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Taped)]
-        rows, scales = tape.rows, [scale for x in found if (scale := _scale_of(x)) is not None]
-        is_count = rows > 1 and any(math.isclose(x, count, rel_tol=1e-6) for x in scales for count in (rows, 1 / rows))
-        before, self.scales = self.scales, (rows, scales)
-        compared = before is not None and before[0] != rows and len(before[1]) == len(scales)
-        follows = (
-            compared
-            and before is not None
-            and any(_follows(x / y, rows / before[0]) for x, y in zip(scales, before[1], strict=True))
-        )
-        # Batches of one size (shuffled ones) never tell, and are not coupled by it.
-        self.undecided = bool(scales) and self._batches[False] < UNDECIDED_BATCHES and (not compared or is_count)
-        if follows or (is_count and rows not in self.sizes):
-            raise PrivacyError(
-                f"loss: it is multiplied or divided by a number that follows {rows}, the number of records in the "
-                "batch, which couples them: use reduction='mean' and loss_reduction='mean', or the expected batch size"
-            )
-
     def _check_reduction(
         self, tape: Tape, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call], values: list[Any]
     ) -> None:
@@ -258,7 +221,7 @@ class Probe:
             return x[:half].clone() if x.dim() and x.shape[0] == tape.rows else x
 
         try:
-            smaller, _, _ = tape.replay(loss, gradient, keep)
+            smaller, _, _ = self._replay(tape, loss, gradient, keep)
         except (RuntimeError, ValueError, IndexError):
             return  # the loop has the batch's size as a constant: this cannot be seen
         if not tape.drew:
@@ -271,6 +234,21 @@ class Probe:
         if is_mean != self.loss_is_mean:
             found, said = ("mean", "sum") if is_mean else ("sum", "mean")
             raise PrivacyError(f"loss_reduction={said!r}: must be {found!r}, which is what the loss does")
+
+    def _replay(
+        self, tape: Tape, loss: Tensor, gradient: Tensor | None, change: Callable[[Tensor], Tensor]
+    ) -> tuple[list[LinearUse | Call], list[Any], list[Tensor]]:
+        """What the layers recorded, the numbers taken out of torch, and the buffers, on changed records."""
+        with self.untouched():
+            known, values = tape.replay(change)
+            again = known.get(id(loss))
+            if again is None or not again.requires_grad:
+                raise PrivacyError("loss: it cannot be replayed from the batch; use torch functions on it")
+            gradient = known.get(id(gradient), gradient)
+            # Parts of the loss that are not made of the batch, a penalty say, belong to one graph of all replays.
+            torch.autograd.backward(again, gradient, retain_graph=True)
+            buffers = [b.clone() for b in self.root.buffers()]
+            return self.recorder.uses, values, buffers
 
     def passed(self, uses: int) -> None:
         self._modes.add(self._mode)
@@ -311,20 +289,6 @@ def _check_batch(batch: Any, rows: int) -> None:
             )
     if not any(isinstance(x, Tensor) and x.dim() and x.shape[0] == rows for x in leaves):
         raise PrivacyError("data_loader: no tensor of the batch has a record in each row")
-
-
-def _scale_of(x: Any) -> float | None:
-    """The size of what a loss may be multiplied by, other than its records."""
-    if isinstance(x, Tensor) and x.numel() and x.is_floating_point():
-        x = x.detach().abs().max().item()
-    if isinstance(x, bool) or not isinstance(x, (int, float)) or x == 0 or not math.isfinite(x):
-        return None
-    return abs(float(x))
-
-
-def _follows(ratio: float, of_rows: float) -> bool:
-    """Whether one grew as a power of the other; rounding of float32 included."""
-    return any(math.isclose(ratio, of_rows**power, rel_tol=1e-6) for p in _POWERS for power in (p, -p))
 
 
 def _refuse_ignored(index: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +13,6 @@ from torch._guards import CompileContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.errors import PrivacyError
-from fastdp.layers import LinearUse
-from fastdp.persample import Call
-
-if TYPE_CHECKING:
-    from fastdp.probe import Probe
 
 
 class Random:
@@ -34,16 +29,26 @@ class Random:
 
 
 class Tape:
-    """The torch functions called on one batch, so that the step can be computed again on other records."""
+    """The torch functions called on one batch, so that the step can be computed again on other records.
 
-    def __init__(self, probe: Probe, rows: int) -> None:
-        self.probe, self.rows = probe, rows
-        self.sources: list[tuple[Tensor, Tensor]] = []  # as marked, and its value
+    is_active: whether functions are to be written down now. on_backward: called before a loss's backward().
+    """
+
+    def __init__(
+        self, rows: int, is_active: Callable[[Tape], bool], on_backward: Callable[[Tensor, Tensor | None], None]
+    ) -> None:
+        self.rows, self.on_backward = rows, on_backward
         self.calls: list[tuple[Any, Any, Any, Any]] = []  # function, args, kwargs, result
-        self._begun: tuple[Any, Any, Random] = ((), {}, Random())  # the root module's current call
-        self._randoms: dict[int, Random] = {}  # by the number of a call of the root module: what it drew from
         self.drew = False  # random numbers were drawn in the last replay
         self.modules: set[Any] = set()  # autograd's nodes of the root module's outputs
+        self._is_active = is_active
+        self._sources: list[tuple[Tensor, Tensor]] = []  # as marked, and its value
+        self._begun: tuple[Any, Any, Random] = ((), {}, Random())  # the root module's current call
+        self._randoms: dict[int, Random] = {}  # by the number of a call of the root module: what it drew from
+
+    @property
+    def active(self) -> bool:
+        return self._is_active(self)
 
     def begin(self, args: Any, kwargs: Any) -> None:
         """The root module is called."""
@@ -56,39 +61,29 @@ class Tape:
 
     def add_source(self, x: Tensor) -> Tensor:
         marked = mark(x, self)
-        self.sources.append((marked, plain(x).detach().clone()))
+        self._sources.append((marked, plain(x).detach().clone()))
         return marked
 
-    def replay(
-        self, loss: Tensor, gradient: Tensor | None, change: Callable[[Tensor], Tensor]
-    ) -> tuple[list[LinearUse | Call], list[Any], list[Tensor]]:
-        """What the layers recorded, the numbers taken out of torch, and the buffers, on changed records."""
-        known: dict[int, Any] = {id(marked): change(value).clone() for marked, value in self.sources}
+    def replay(self, change: Callable[[Tensor], Tensor]) -> tuple[dict[int, Any], list[Any]]:
+        """What the functions make of changed records: by the id of what they made, and numbers taken out of torch."""
+        known: dict[int, Any] = {id(marked): change(value).clone() for marked, value in self._sources}
         values: list[Any] = []
-        with self.probe.untouched():
-            start, self.drew = torch.get_rng_state(), False
-            for number, (func, args, kwargs, result) in enumerate(self.calls):
-                if number in self._randoms:
-                    self.drew |= not torch.equal(torch.get_rng_state(), start)
-                    self._randoms[number].restore()
-                    start = torch.get_rng_state()
-                args, kwargs = tree_map_only(Tensor, lambda x: known.get(id(x), x), (args, kwargs))
-                for x, y in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
-                    if isinstance(x, Tensor):
-                        known[id(x)] = y
-                    elif isinstance(y, np.ndarray):
-                        values.append(y.tobytes())
-                    elif isinstance(y, (int, float, bool, complex, torch.Size)):
-                        values.append(y)
-            self.drew |= not torch.equal(torch.get_rng_state(), start)
-            again = known.get(id(loss))
-            if again is None or not again.requires_grad:
-                raise PrivacyError("loss: it cannot be replayed from the batch; use torch functions on it")
-            gradient = known.get(id(gradient), gradient)
-            # Parts of the loss that are not made of the batch, a penalty say, belong to one graph of all replays.
-            torch.autograd.backward(again, gradient, retain_graph=True)
-            buffers = [b.clone() for b in self.probe.root.buffers()]
-            return self.probe.recorder.uses, values, buffers
+        start, self.drew = torch.get_rng_state(), False
+        for number, (func, args, kwargs, result) in enumerate(self.calls):
+            if number in self._randoms:
+                self.drew |= not torch.equal(torch.get_rng_state(), start)
+                self._randoms[number].restore()
+                start = torch.get_rng_state()
+            args, kwargs = tree_map_only(Tensor, lambda x: known.get(id(x), x), (args, kwargs))
+            for x, y in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(x, Tensor):
+                    known[id(x)] = y
+                elif isinstance(y, np.ndarray):
+                    values.append(y.tobytes())
+                elif isinstance(y, (int, float, bool, complex, torch.Size)):
+                    values.append(y)
+        self.drew |= not torch.equal(torch.get_rng_state(), start)
+        return known, values
 
 
 class Taped(Tensor):
@@ -102,11 +97,11 @@ class Taped(Tensor):
         if CompileContext.current_compile_id() is not None:
             raise PrivacyError("torch.compile: compiled models and losses are not supported in this version")
         tape = next(x._tape for x in tree_leaves((args, kwargs)) if isinstance(x, Taped))
-        active = tape.probe.tape is tape
+        active = tape.active
         with torch._C.DisableTorchFunctionSubclass():
             if func is Tensor.backward:
                 if active:
-                    tape.probe.check(args[0], kwargs.get("gradient", args[1] if len(args) > 1 else None))
+                    tape.on_backward(args[0], kwargs.get("gradient", args[1] if len(args) > 1 else None))
                 return func(*args, **kwargs)  # type: ignore[no-untyped-call]
             result = func(*args, **kwargs)
             if not active:
