@@ -17,7 +17,7 @@ import logging
 import math
 import numbers
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal
 
 from fastdp.errors import ArgumentError, require
@@ -58,31 +58,45 @@ def epsilon(
     return ledger.epsilon(delta)
 
 
-@functools.lru_cache(maxsize=256)
 def noise_multiplier(
-    *, target_epsilon: float, target_delta: float, sample_rate: float, steps: int, accountant: AccountantName = "pld"
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: AccountantName = "pld",
+    prior: Mapping[Event, int] | None = None,
 ) -> float:
     """The smallest noise for a budget, to half a per cent of ε: 0.995 target < epsilon(result) <= target.
 
     Args: as `epsilon`, with target_epsilon > 0 in nats; steps >= 1. Answers are cached.
+        prior: what was spent on the same records before, {(noise multiplier, sample rate): count}; ε includes it.
 
     Raises:
         ArgumentError: an argument is out of its bounds, or no noise multiplier in [1e-2, 1e6] lands in that interval:
             at very large δ, a step can cost ε = 0 at one noise multiplier and more than the target just below it.
     """
+    return _noise_multiplier(target_epsilon, target_delta, sample_rate, steps, accountant, tuple((prior or {}).items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _noise_multiplier(
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: AccountantName,
+    prior: tuple[tuple[Event, int], ...],
+) -> float:
     require(0 < target_epsilon < math.inf, "target_epsilon", target_epsilon, "finite and > 0")
     require(0 < target_delta < 1, "target_delta", target_delta, "in (0, 1)")
     _check_steps(steps)
     require(steps >= 1, "steps", steps, ">= 1")
 
     def cost(log_sigma: float) -> float:
-        return epsilon(
-            noise_multiplier=math.exp(log_sigma),
-            sample_rate=sample_rate,
-            steps=steps,
-            delta=target_delta,
-            accountant=accountant,
-        )
+        ledger = Ledger(accountant, dict(prior))
+        ledger.step(math.exp(log_sigma), sample_rate, steps)
+        return ledger.epsilon(target_delta)
 
     smallest, largest = math.log(1e-2), math.log(1e6)
     # The central limit's guess (Abadi et al. 2016, theorem 1, without its constant), then a bracket by doubling.
@@ -131,10 +145,14 @@ class Ledger:
     Composition does not depend on the order, so equal events share one count.
     """
 
-    def __init__(self, accountant: AccountantName = "pld") -> None:
+    def __init__(self, accountant: AccountantName = "pld", prior: Mapping[Event, int] | None = None) -> None:
+        """prior: what was spent on the same records before the run, by true Gaussians: in ε, and no steps of it."""
         require(accountant in ("pld", "rdp"), "accountant", accountant, "'pld' or 'rdp'")
         self.accountant: Final = accountant
         self._counts: Counter[Event] = Counter()
+        self.prior: Final = dict(prior or {})
+        for (sigma, rate), count in self.prior.items():
+            _check_event(sigma, rate, count)
 
     def step(self, noise_multiplier: float, sample_rate: float, count: int = 1) -> None:
         """Record `count` steps; call it BEFORE anything of them is released.
@@ -146,9 +164,7 @@ class Ledger:
                 replaced by zero, since a removed record also moves the others between shuffled batches.
             count: >= 0.
         """
-        require(0 <= noise_multiplier < math.inf, "noise_multiplier", noise_multiplier, "finite and >= 0")
-        require(0 < sample_rate <= 1, "sample_rate", sample_rate, "in (0, 1]")
-        _check_steps(count, "count")
+        _check_event(noise_multiplier, sample_rate, count)
         if count:
             self._counts[(float(noise_multiplier), float(sample_rate))] += count
 
@@ -163,8 +179,9 @@ class Ledger:
         return dict(self._counts)
 
     def epsilon(self, delta: float) -> float:
-        """ε >= 0 spent so far at δ = `delta` in (0, 1): 0.0 for no steps, inf once a step had no noise."""
-        return _epsilon(tuple(self._counts.items()), float(delta), self.accountant)
+        """ε >= 0 spent so far at δ = `delta` in (0, 1): 0.0 for nothing, inf once a step had no noise."""
+        whole = Counter(self.prior) + self._counts
+        return _epsilon(tuple(whole.items()), float(delta), self.accountant)
 
     def tail_delta(self, dimension: int) -> float:
         """The δ that cut tails add to this run (`tail_delta`), for `dimension` noised numbers a step."""
@@ -214,6 +231,12 @@ def tail_delta(noise_multiplier: float, steps: int, dimension: int) -> float:
         return 1.0
     shift = math.exp(-((TAIL_RADIUS - 1 / noise_multiplier) ** 2) / 2)
     return min(1.0, steps * (shift + dimension * 2 * math.exp(-(TAIL_RADIUS**2) / 2)))
+
+
+def _check_event(noise_multiplier: float, sample_rate: float, count: int) -> None:
+    require(0 <= noise_multiplier < math.inf, "noise_multiplier", noise_multiplier, "finite and >= 0")
+    require(0 < sample_rate <= 1, "sample_rate", sample_rate, "in (0, 1]")
+    _check_steps(count, "count")
 
 
 def _check_steps(steps: int, name: str = "steps") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import numbers
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +42,8 @@ class PrivacyEngine:
         always new. Save and load the state_dicts of model and optimizer yourself. None: spent is known in memory only.
     secure_mode: hardening against floating-point attacks (Mironov 2012), not there yet. What Opacus calls so, noise
         from a cryptographic generator, is what every run has.
+    prior: what these records were used for before, {(noise multiplier, sample rate): count} of Gaussian mechanisms, the
+        statistics of a prepared table for example: part of every epsilon, and of what noise is calibrated for.
     """
 
     def __init__(
@@ -49,13 +52,14 @@ class PrivacyEngine:
         seed: int | None = None,
         ledger: str | os.PathLike[str] | None = None,
         secure_mode: bool = False,
+        prior: Mapping[accounting.Event, int] | None = None,
     ) -> None:
         _check_secure_mode(secure_mode)
         require(
             seed is None or (isinstance(seed, int) and 0 <= seed < 2**63), "seed", seed, "None or an int in [0, 2^63)"
         )
         self.seed = seed
-        self.ledger = accounting.Ledger(accountant)
+        self.ledger = accounting.Ledger(accountant, prior)
         self._ledger_path = None if ledger is None else Path(ledger)
         self.plan: Plan | None = None
         self._dimension = 0
@@ -135,6 +139,7 @@ class PrivacyEngine:
                 sample_rate=plan.sample_rate if poisson_sampling else 1.0,
                 steps=steps if poisson_sampling else epochs,
                 accountant=self.ledger.accountant,
+                prior=self.ledger.prior,
             )
             tail = accounting.tail_delta(sigma, steps, dimension)
             require(
@@ -263,11 +268,11 @@ class PrivacyEngine:
     def _open_ledger(self, plan: Plan, target: Target | None, comm: Communicator | None) -> None:
         if self._ledger_path is None:
             return
-        self.ledger = ledger.hold(self._ledger_path, self.ledger.accountant, plan.events, self.seed is not None, comm)
+        self.ledger = ledger.hold(self._ledger_path, self.ledger, plan.events, self.seed is not None, comm)
         if plan.events is None or target is None or not set(self.ledger.events) - {plan.event}:
             return
         # Other noise than this, or the same by another release of dp-accounting: what it costs in all decides.
-        whole = accounting.Ledger(self.ledger.accountant)
+        whole = accounting.Ledger(self.ledger.accountant, self.ledger.prior)
         for event, count in self.ledger.events.items():
             whole.step(*event, count)
         if plan.events > whole.steps:

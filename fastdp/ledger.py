@@ -16,6 +16,7 @@ import os
 import time
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,14 +40,21 @@ class DurableLedger(Ledger):
     path: created if it does not exist; otherwise what it reserved is spent already.
     limit: never reserve more than so many in all, those of earlier runs included, unless they are asked for.
     seeded: the noise is reproducible; the file says so for good, since its epsilon means nothing.
+    prior: as of `Ledger`; the file keeps it.
 
-    Raises ArgumentError if the file is in use, damaged, or cannot be written, or if one is seeded and the other not.
+    Raises ArgumentError if the file is in use, damaged, or cannot be written, if it is of another prior, or if one is
+    seeded and the other not.
     """
 
     def __init__(
-        self, path: Path, accountant: AccountantName = "pld", limit: int | None = None, seeded: bool = False
+        self,
+        path: Path,
+        accountant: AccountantName = "pld",
+        limit: int | None = None,
+        seeded: bool = False,
+        prior: Mapping[Event, int] | None = None,
     ) -> None:
-        super().__init__(accountant)
+        super().__init__(accountant, prior)
         self.path, self._limit, self._seeded = path, limit, seeded
         self._process = os.getpid()
         self._block, self._reserved_at = 1, -BLOCK_SECONDS
@@ -89,18 +97,25 @@ class DurableLedger(Ledger):
         try:
             self._lock()
             self._lines = _read(self.path, self._file, self._counts)
+            prior = [[*event, count] for event, count in self.prior.items()]
             if self._lines == 0:
-                self._append({"format": FORMAT, "seeded": self._seeded})
+                self._append({"format": FORMAT, "seeded": self._seeded, "prior": prior})
             else:
-                first = os.pread(self._file, 200, 0).splitlines()[0]
-                was_seeded = json.loads(first).get("seeded", False)
-                bound = "of a run without a seed: this one was NOT PRIVATE" if was_seeded else "of a run with a seed"
-                require(was_seeded == self._seeded, "ledger", str(self.path), bound)
+                self._check_first(prior)
             if new:
                 sync_folder(self.path.parent)
         except BaseException:
             self._shut()
             raise
+
+    def _check_first(self, prior: list[list[float]]) -> None:
+        with open(self.path, "rb") as file:
+            first = json.loads(file.readline())
+        was_seeded = first.get("seeded", False)
+        bound = "of a run without a seed: this one was NOT PRIVATE" if was_seeded else "of a run with a seed"
+        require(was_seeded == self._seeded, "ledger", str(self.path), bound)
+        known = first.get("prior", [])
+        require(known == prior, "ledger: prior", known, f"{prior}, what the records were used for before")
 
     def _shut(self) -> None:
         if self._is_open:
@@ -147,16 +162,16 @@ class DurableLedger(Ledger):
         self._lines += 1
 
 
-def hold(path: Path, accountant: AccountantName, limit: int | None, seeded: bool, comm: Communicator | None) -> Ledger:
-    """The run's ledger on every rank; `DurableLedger` has the arguments. Raises ArgumentError on all ranks.
+def hold(path: Path, like: Ledger, limit: int | None, seeded: bool, comm: Communicator | None) -> Ledger:
+    """The run's ledger on every rank, with the accountant and the prior of `like`; ArgumentError on all ranks.
 
     Rank 0's holds the file: no step is released before rank 0's part of its sum, which comes after the record.
     """
-    held = Ledger(accountant)
+    held = Ledger(like.accountant, like.prior)
     events: dict[Event, int] | ArgumentError = {}
     if comm is None or comm.rank == 0:
         try:
-            held = DurableLedger(path, accountant, limit, seeded)
+            held = DurableLedger(path, like.accountant, limit, seeded, like.prior)
             events = held.events
         except ArgumentError as error:
             events = error
@@ -171,7 +186,7 @@ def hold(path: Path, accountant: AccountantName, limit: int | None, seeded: bool
 
 
 def read(path: Path) -> dict[Event, int]:
-    """{(noise multiplier, sample rate): steps} that the ledger of a run holds as spent, open or not."""
+    """{(noise multiplier, sample rate): steps} that the ledger of a run holds as spent, open or not; no prior."""
     counts: Counter[Event] = Counter()
     try:
         with open(path, "rb") as file:

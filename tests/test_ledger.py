@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -248,7 +249,7 @@ def test_a_forked_child_can_spend_nothing(path: Path) -> None:
 
 def train(path: Path, steps: int, seed: int | None = None, **arguments: object) -> tuple[list[int], float]:
     """Steps of a user's own loop: their numbers, and what the run has cost by then."""
-    engine = PrivacyEngine(accountant="rdp", seed=seed, ledger=path)
+    engine = PrivacyEngine(accountant="rdp", seed=seed, ledger=path, prior=arguments.pop("prior", None))
     model = torch.nn.Linear(3, 1)
     common = {
         "module": model,
@@ -330,3 +331,27 @@ def test_shuffled_epochs_are_reserved_whole(path: Path) -> None:
     done, _ = train(path, 1, noise_multiplier=1.0, poisson_sampling=False)
     assert done == [17]  # of an epoch of its own
     assert ledger.read(path) == {(1.0, 1.0): 3}
+
+
+def test_what_the_records_were_used_for_before_is_part_of_every_epsilon(path: Path) -> None:
+    prior = {(5.0, 1.0): 1, (20.0, 1.0): 2}
+    exact = accounting.Ledger("rdp", prior).epsilon(1e-5)
+    assert 0 <= exact - _gaussian_rdp(1 / 25 + 2 / 400, 1e-5) < 1e-3  # dp-accounting has fewer orders
+    done, epsilon = train(path, 16, target_epsilon=2.0, epochs=2, prior=prior)
+    assert len(done) == 16 and 1.98 < epsilon <= 2.0
+    ((sigma, _),) = ledger.read(path)
+    assert sigma > accounting.noise_multiplier(
+        target_epsilon=2.0, target_delta=1e-5, sample_rate=0.125, steps=16, accountant="rdp"
+    )
+    with pytest.raises(PrivacyError, match="calibrated for 16 steps"):  # the prior is no step, and counted once
+        train(path, 1, target_epsilon=2.0, epochs=2, prior=prior)
+    with pytest.raises(ArgumentError, match="ledger: prior"):
+        train(path, 1, target_epsilon=2.0, epochs=2)
+    fresh, before = train(path.with_name("b.jsonl"), 0, noise_multiplier=1.0, prior=prior)
+    assert not fresh and before == pytest.approx(exact)
+
+
+def _gaussian_rdp(rho2: float, delta: float) -> float:
+    """ε of Gaussian mechanisms whose 1/σ² sum to rho2, from their Rényi curve (Canonne et al. 2020, prop. 12)."""
+    orders = [1 + x / 1000 for x in range(1, 400_000)]
+    return min(a * rho2 / 2 + math.log1p(-1 / a) - math.log(delta * a) / (a - 1) for a in orders)
