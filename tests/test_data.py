@@ -252,7 +252,7 @@ def test_bad_codes_are_named() -> None:
     [
         ("format = 1", "format = 2", "format=2: must be 1"),
         ('type = "ignore"', 'type = "integer"', "note.type='integer': must be one of 'number', "),
-        ('type = "ignore"', 'type = "ignore"\nbounds = [0, 1]', "note=['bounds']: must be without fields"),
+        ('type = "ignore"', 'type = "ignore"\nbounds = [0, 1]', "note=['bounds']: must be of these fields only"),
         ("bounds = [0, 10]", "bounds = [10, 0]", "x.bounds=[10, 0]: must be [low, high], finite, low < high"),
         ("bounds = [0, 10]", "bounds = [100000000000000000, 100000000000000001]", "x.bounds=[1000"),
         ("bounds = [0, 10]", "bounds = [0, inf]", "x.bounds=[0, inf]: must be"),
