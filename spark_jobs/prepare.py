@@ -54,18 +54,29 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
     check_java()
     sources = list_sources(inputs, "input", "train" if test_inputs else None)
     sources += list_sources(test_inputs, "test_input", "test") if test_inputs else []
-    by = {"content": "what they hold", "place": "their place in the input"}[schema.preparation.split_by]
-    evaluation = shards.FILES if test_inputs else f"rows held out by a hash of {by}"
-    origin = shards.Origin(config, shards.fingerprint(sources), versions(), evaluation)
+    origin = origin_of(config, sources)
     if shards.is_done(output, origin):
         return f"{output} is there already, of the same input and configuration"
+    with session() as spark:
+        write(spark, sources, schema, origin, output)
+    return f"{output} is ready for python -m fastdp.train --data {output}; how many rows it has is in its manifest.json"
+
+
+def write(spark: SparkSession, sources: list[Source], schema: Schema, origin: shards.Origin, output: Path) -> None:
+    """Make the prepared table; see fastdp/shards.py."""
     cut = [piece for source in sources for piece in pieces.cut(source, schema)]
     shards.begin(output)
-    with session() as spark:
-        work = [replace(piece, number=number) for number, piece in enumerate(know_quotes(spark, cut, schema))]
-        written = distribute(spark, work, lambda piece: pieces.prepare(piece, schema, output), "rows to Arrow")
+    work = [replace(piece, number=number) for number, piece in enumerate(know_quotes(spark, cut, schema))]
+    written = distribute(spark, work, lambda piece: pieces.prepare(piece, schema, output), "rows to Arrow")
     shards.finish(output, schema, origin, written)
-    return f"{output} is ready for python -m fastdp.train --data {output}; how many rows it has is in its manifest.json"
+
+
+def origin_of(config: str, sources: list[Source]) -> shards.Origin:
+    """What the table is made of."""
+    by = {"content": "what they hold", "place": "their place in the input"}[parse_schema(config).preparation.split_by]
+    of_files = any(source.split is not None for source in sources)
+    evaluation = shards.FILES if of_files else f"rows held out by a hash of {by}"
+    return shards.Origin(config, shards.fingerprint(sources), versions(), evaluation)
 
 
 def list_sources(inputs: list[str], argument: str, split: Literal["train", "test"] | None) -> list[Source]:
