@@ -272,7 +272,11 @@ def _open_csv(file: Path, schema: Schema) -> Opened:
                 skip_rows=comments,
                 column_names=None if layout.header else [column.name for column in schema.columns],
             ),
-            parse_options=csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True),
+            parse_options=csv.ParseOptions(
+                delimiter=layout.delimiter,
+                quote_char='"' if layout.quotes else False,
+                newlines_in_values=layout.quotes,
+            ),
             convert_options=csv.ConvertOptions(strings_can_be_null=False, **convert),
         )
 
