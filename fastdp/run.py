@@ -199,7 +199,7 @@ def open_folder(run: Run, path: Path) -> RunFolder | None:
         folder.check_new(path)
     opened = RunFolder(path, run.options.tensorboard)
     if not run.options.resume:
-        opened.begin(run.options.plain(), run.state)
+        opened.begin(run.options.plain(), run.state, run.table.schema)
     return opened
 
 

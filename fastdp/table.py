@@ -38,6 +38,7 @@ class Table:
     test_categories: Stacked | None = None
     category_sizes: tuple[int, ...] = ()  # K vocabularies' sizes
     digest: str | None = None  # of a prepared table, which was checked when it was written
+    schema: str | None = None  # text of the TOML file by which rows become features, if there is one; public
 
     @property
     def num_classes(self) -> int:

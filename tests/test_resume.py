@@ -291,7 +291,7 @@ train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", sys.argv[2]]
 """
 
 
-@pytest.mark.parametrize("moment", range(1, 9))
+@pytest.mark.parametrize("moment", range(1, 11))
 def test_a_run_killed_before_it_was_begun_is_begun_again(moment: int, tmp_path: Path) -> None:
     """At each fsync until run.json is there: what is left behind is nobody's, and --resume auto begins the run."""
     output = tmp_path / "run"
