@@ -150,7 +150,7 @@ class Batch:
 
     features: npt.NDArray[np.float32]  # [n, D]
     categories: npt.NDArray[np.int32]  # [n, K]
-    labels: Array  # int64 [n] classes, or float32 [n] scaled targets
+    labels: Array  # int64 [n] classes, or float32 [n] scaled targets; float32 NaN [n] where they are not read
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -178,11 +178,13 @@ class Schema:
     columns: tuple[Column, ...]
     layout: Layout = Layout()
     preparation: Preparation = Preparation()
+    labelled: bool = True  # False: rows to predict; label, target and user are not read, and may be absent
 
     @property
     def used(self) -> tuple[Column, ...]:
         """All columns that are read."""
-        return tuple(column for column in self.columns if column.type != "ignore")
+        unread = ("ignore",) if self.labelled else ("ignore", "label", "target", "user")
+        return tuple(column for column in self.columns if column.type not in unread)
 
     @property
     def coded(self) -> tuple[Column, ...]:
@@ -210,9 +212,7 @@ class Schema:
         Raises:
             CellError: naming column, row and value of the first bad cell.
         """
-        labels = self.label.check(cells[self.label.name])
-        is_target = self.label.type == "target"
-        labels = self.label.scaled(labels).astype(np.float32) if is_target else labels.astype(np.int64)
+        labels = self._encode_labels(cells)
         features = np.zeros((len(labels), len(self.feature_names)), np.float32)
         start = 0
         for column in self.columns:
@@ -224,3 +224,10 @@ class Schema:
         for i, column in enumerate(self.coded):
             categories[:, i] = column.check(cells[column.name])
         return Batch(features, categories, labels)
+
+    def _encode_labels(self, cells: Mapping[str, Array]) -> Array:
+        if not self.labelled:
+            return np.full(len(next(iter(cells.values()))), np.nan, np.float32)
+        labels = self.label.check(cells[self.label.name])
+        is_target = self.label.type == "target"
+        return self.label.scaled(labels).astype(np.float32) if is_target else labels.astype(np.int64)

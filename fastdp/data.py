@@ -5,6 +5,7 @@ Nothing here is computed from the records (P11); which rows are held out for eva
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from importlib import resources
@@ -33,8 +34,8 @@ HELD_OUT: Final = 0.2
 
 def load(
     data: str,
-    schema: Path | None = None,
-    evaluation_data: Path | None = None,
+    schema: str | Path | None = None,
+    evaluation_data: str | Path | None = None,
     evaluation_fraction: float | None = None,
     verify: bool = False,
 ) -> Table:
@@ -57,7 +58,8 @@ def load(
     if data not in EMBEDDED and not is_prepared and (path.exists() or files.kind_of(path) is not None):
         require(schema is not None, "schema", None, f"a TOML file that declares the columns of {data}")
         assert schema is not None
-        return _from_files(path, schema, evaluation_data, evaluation_fraction)
+        evaluation = None if evaluation_data is None else Path(evaluation_data)
+        return _from_files(path, Path(schema), evaluation, evaluation_fraction)
     for name, value in (
         ("schema", schema and str(schema)),
         ("evaluation_data", evaluation_data and str(evaluation_data)),
@@ -76,20 +78,21 @@ def load(
 
 def _embedded(name: str) -> Table:
     folder = resources.files("fastdp") / "datasets"
-    schema = parse_schema((folder / f"{name}.toml").read_text(encoding="utf-8"))
+    text = (folder / f"{name}.toml").read_text(encoding="utf-8")
+    schema = parse_schema(text)
     with (folder / f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as cells:
         train, test = (
             schema.encode({column.name: cells[f"{split}.{column.name}"] for column in schema.used})
             for split in ("train", "test")
         )
-    return _of_schema(schema, train, test)
+    return _of_schema(schema, train, test, schema=text)
 
 
-def _of_schema(schema: Schema, train: Batch, test: Batch, **more: Any) -> Table:
-    target = schema.label if schema.label.type == "target" else None
-    names, classes = schema.feature_names, schema.label.values
+def _of_schema(contract: Schema, train: Batch, test: Batch, **more: Any) -> Table:
+    target = contract.label if contract.label.type == "target" else None
+    names, classes = contract.feature_names, contract.label.values
     x, y, test_x, test_y = map(torch.from_numpy, (train.features, train.labels, test.features, test.labels))
-    return Table(schema.name, x, y, test_x, test_y, names, classes, schema.size_is_public, target, **more)
+    return Table(contract.name, x, y, test_x, test_y, names, classes, contract.size_is_public, target, **more)
 
 
 def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction: float | None) -> Table:
@@ -100,7 +103,8 @@ def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction
     fraction = HELD_OUT if fraction is None else fraction
     require(0 < fraction < 1, "evaluation_fraction", fraction, "in (0, 1)")
     try:
-        schema = parse_schema(schema_path.read_text(encoding="utf-8"))
+        text = schema_path.read_text(encoding="utf-8")
+        schema = parse_schema(text)
     except ArgumentError as error:
         raise ArgumentError(f"{schema_path.name}: {error.name}", error.value, error.bound) from None
     except (OSError, UnicodeError) as error:
@@ -116,7 +120,7 @@ def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction
     if evaluation is not None:
         test = files.read("evaluation_data", evaluation, schema)
         where = f"{len(test):,} rows of {evaluation.name}"
-        return _of_schema(schema, whole, test, evaluation=where, assumptions=(declared,))
+        return _of_schema(schema, whole, test, evaluation=where, assumptions=(declared,), schema=text)
     held_out = held_out_rows(len(whole), fraction).numpy()
     for rows, what in ((held_out, "evaluation"), (~held_out, "training")):
         require(bool(rows.any()), "evaluation_fraction", fraction, f"such that a row is left for {what}")
@@ -131,6 +135,7 @@ def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction
             f"the {m:,} rows held out for evaluation are not trained on and not protected by epsilon; row numbers "
             "decide, so neighbouring tables differ in one training row, and the other rows keep their numbers",
         ),
+        schema=text,
     )
 
 
@@ -156,7 +161,7 @@ def _from_attribute(spec: str) -> Table:
     if callable(made) and not isinstance(made, Table):
         made = attributes.call("data", spec, made, CODE_MAKES)
     if isinstance(made, Table):
-        return made
+        return dataclasses.replace(made, schema=None)  # the code may have changed what another table's schema made
     pair = isinstance(made, (tuple, list)) and len(made) == 2
     require(pair, "data", spec, f"{CODE_MAKES}; it is a {type(made).__name__}")
     (train_features, train_labels), (test_features, test_labels) = (_tensors(spec, dataset) for dataset in made)

@@ -265,28 +265,39 @@ def _open_csv(file: Path, schema: Schema) -> Opened:
         with gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb") as stream:
             prefix = layout.comment.encode()
             comments = sum(1 for _ in itertools.takewhile(lambda line: line.startswith(prefix), stream))
+    declared = [column.name for column in schema.columns]
 
-    def start(**convert: Any) -> csv.CSVStreamingReader:
+    def start(names: list[str] | None, **convert: Any) -> csv.CSVStreamingReader:
         return csv.open_csv(
             file,
             read_options=csv.ReadOptions(
                 use_threads=False,  # then errors name the row; and ranks share the cores
                 block_size=CSV_BLOCK_BYTES,
                 skip_rows=comments,
-                column_names=None if layout.header else [column.name for column in schema.columns],
+                column_names=names,
+                autogenerate_column_names=names is None and not layout.header,
             ),
-            parse_options=csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True),
+            parse_options=csv.ParseOptions(
+                delimiter=layout.delimiter,
+                quote_char='"' if layout.quotes else False,
+                newlines_in_values=layout.quotes,
+            ),
             convert_options=csv.ConvertOptions(strings_can_be_null=False, **convert),
         )
 
-    with start() as reader:
+    given = None if layout.header else declared
+    if given and not schema.labelled:
+        with start(None) as reader:
+            if len(reader.schema.names) == len(declared) - 1:
+                given = [name for name in declared if name != schema.label.name]
+    with start(given) as reader:
         raw = reader.schema.names
     names = [name.strip() if layout.strip else name for name in raw]
 
     def batches(used: list[str]) -> Iterator[pa.RecordBatch]:
         there = [raw[names.index(name)] for name in used]
         # Everything as text: types inferred from the first rows would not suit the rest.
-        with start(include_columns=there, column_types=dict.fromkeys(there, pa.string())) as reader:
+        with start(given, include_columns=there, column_types=dict.fromkeys(there, pa.string())) as reader:
             for batch in reader:
                 yield batch.rename_columns(used)
 

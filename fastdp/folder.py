@@ -1,7 +1,8 @@
 """The folder of a run: what it leaves behind, what it can be resumed from, and which run that is.
 
-run.json (the options), ledger.jsonl (fastdp/ledger.py), checkpoints/ (fastdp/checkpoint.py) until the run is finished,
-metrics.jsonl (a line per epoch), then model.pt, report.json and curves.png. All of it may be published (P12).
+run.json (the options), schema.toml (by which rows became features; none if code made the table), ledger.jsonl
+(fastdp/ledger.py), checkpoints/ (fastdp/checkpoint.py) until the run is finished, metrics.jsonl (a line per epoch),
+then model.pt, report.json and curves.png. All of it may be published (P12).
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from fastdp.report import draw, say
 
 DEFAULT: Final = Path("runs")
 OPTIONS, LEDGER, METRICS, REPORT = "run.json", "ledger.jsonl", "metrics.jsonl", "report.json"
-CHECKPOINTS = "checkpoints"
-BEFORE_OPTIONS: Final = {LEDGER, METRICS, CHECKPOINTS, "tensorboard", f".{OPTIONS}.partial"}
+CHECKPOINTS, SCHEMA, MODEL = "checkpoints", "schema.toml", "model.pt"
+PARTIAL: Final = {f".{OPTIONS}.partial", f".{SCHEMA}.partial"}
+BEFORE_OPTIONS: Final = {LEDGER, METRICS, CHECKPOINTS, SCHEMA, "tensorboard", *PARTIAL}
 
 
 def find(resume: str, output: Path | None) -> Path | None:
@@ -48,13 +50,13 @@ def _find(resume: str, output: Path | None) -> Path | None:
     return path
 
 
-def options_of(path: Path) -> dict[str, Any]:
-    """What the run was begun with."""
+def options_of(path: Path, argument: str = "resume") -> dict[str, Any]:
+    """What the run was begun with; `argument` is what the folder was given as, for messages."""
     try:
         options: dict[str, Any] = json.loads((path / OPTIONS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArgumentError("resume", str(path), f"a run whose {OPTIONS} can be read ({error})") from error
-    require(isinstance(options, dict), "resume", str(path), f"a run whose {OPTIONS} holds its options")
+        raise ArgumentError(argument, str(path), f"a run whose {OPTIONS} can be read ({error})") from error
+    require(isinstance(options, dict), argument, str(path), f"a run whose {OPTIONS} holds its options")
     return options
 
 
@@ -63,6 +65,7 @@ def check_new(path: Path) -> None:
     try:
         names = {each.name for each in path.iterdir()} if path.exists() else set()
         taken = not names <= BEFORE_OPTIONS
+        taken = taken or (SCHEMA in names and CHECKPOINTS not in names)  # a run leaves it after its first checkpoint
         if not taken and METRICS in names:
             taken = (path / METRICS).stat().st_size > 0
         if not taken and CHECKPOINTS in names:
@@ -92,10 +95,15 @@ class RunFolder:
         except OSError as error:
             raise ArgumentError("output", str(path), f"a folder that can be written to ({error.strerror})") from error
 
-    def begin(self, options: dict[str, Any], state: dict[str, Any]) -> None:
-        """Make the run one that can be resumed: its first checkpoint, and then what says that there is one."""
+    def begin(self, options: dict[str, Any], state: dict[str, Any], schema: str | None = None) -> None:
+        """Make the run one that can be resumed: its first checkpoint, and then what says that there is one.
+
+        schema: the text of the table's schema, for those who apply the model to other rows.
+        """
         try:
             checkpoint.save(self.path / CHECKPOINTS, 0, state)
+            if schema is not None:
+                write_whole(self.path / SCHEMA, lambda file: file.write(schema.encode()))
             write_whole(self.path / OPTIONS, lambda file: file.write(_json(options)))
         except OSError as error:
             raise ArgumentError("output", str(self.path), f"a folder with room ({error.strerror})") from error
@@ -132,7 +140,7 @@ class RunFolder:
         Raises ArgumentError where there is no room; `written` names what is there.
         """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-        self._whole("model.pt", lambda file: torch.save(model.state_dict(), file))
+        self._whole(MODEL, lambda file: torch.save(model.state_dict(), file))
         self._whole(REPORT, lambda file: file.write(_json(finite)))
         checkpoint.remove_all(self.path / CHECKPOINTS)
         try:

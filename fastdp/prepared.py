@@ -52,6 +52,7 @@ def load(path: Path, verify: bool = False) -> Table:
         test_categories=test.get("categories"),
         category_sizes=tuple(len(column.values) for column in schema.coded),
         digest=manifest["sha256"],
+        schema=manifest["config"],
     )
 
 

@@ -147,8 +147,8 @@ def _restore(comm: Communicator, model: nn.Module, optimizer: PrivateOptimizer, 
     state = _load_checkpoint(comm, path)
     n, had = len(table.train_labels), state["training_records"]
     require(n == had, "data", f"{n} training records", f"the table of the run that is resumed, of {had}")
-    declared = state["declaration"]
-    require(table.declaration == declared, "schema", table.declaration, f"that of the run that is resumed, {declared}")
+    same = table.declaration == state["declaration"]
+    require(same, "schema", "changed", f"as the run was begun with, see {path / folder.SCHEMA}")
     try:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -203,7 +203,7 @@ def open_folder(run: Run, path: Path) -> RunFolder | None:
         folder.check_new(path)
     opened = RunFolder(path, run.options.tensorboard)
     if not run.options.resume:
-        opened.begin(run.options.plain(), run.state)
+        opened.begin(run.options.plain(), run.state, run.table.schema)
     return opened
 
 

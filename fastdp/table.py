@@ -38,6 +38,7 @@ class Table:
     test_categories: Stacked | None = None
     category_sizes: tuple[int, ...] = ()  # K vocabularies' sizes
     digest: str | None = None  # of a prepared table, which was checked when it was written
+    schema: str | None = None  # text of the TOML file by which rows become features, if there is one; public
 
     @property
     def num_classes(self) -> int:
@@ -63,7 +64,7 @@ class Table:
     @property
     def declaration(self) -> str:
         """What its columns are; public."""
-        return repr((self.feature_names, self.class_names, self.target))
+        return repr((self.feature_names, self.class_names, self.target, self.schema))
 
 
 def check(table: Table) -> None:

@@ -92,6 +92,19 @@ def test_a_small_table_by_hand(tmp_path: Path) -> None:
     assert names[:5] == ("age", "age in [-inf, 30)", "age in [30, inf)", "debt", "debt is missing")
 
 
+def test_paths_may_be_texts(tmp_path: Path, schema: Path) -> None:
+    path = csv(tmp_path, "25,1,?,A,0\n,,,B,1\n")
+    texts, paths = load(str(path), str(schema), str(path)), load(str(path), schema, path)
+    assert torch.equal(texts.train_features, paths.train_features) and texts.evaluation == paths.evaluation
+    assert texts.schema == CONTRACT and load("adult").schema.startswith("# Column contract of UCI Adult")
+
+
+def test_quotation_marks_are_characters_where_declared(tmp_path: Path) -> None:
+    contract = CONTRACT.replace("[file]", "[file]\nquotes = false").replace('"clerk"', "'\"clerk'")
+    features, _ = read(csv(tmp_path, '25,1,"clerk,A,0\n25,1,?,",1\n'), contract)
+    assert features[:, -3:].tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
 def test_targets_are_clamped_scaled_and_scaled_back(tmp_path: Path) -> None:
     path = csv(tmp_path, "1,1,?,A,-99\n1,1,?,A,0\n1,1,?,A,2.5\n")
     for scale, middle in (("linear", 0.5), ("log", math.log(11) / math.log(21))):

@@ -41,6 +41,17 @@ def test_what_another_run_left_is_not_taken_for_that(name: str, tmp_path: Path) 
         folder.check_new(path)
 
 
+def test_a_schema_is_a_runs_only_beside_its_first_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    RunFolder(path).begin({}, {}, "name = 'été'\n")
+    assert (path / "schema.toml").read_text(encoding="utf-8") == "name = 'été'\n"
+    (path / "run.json").unlink()
+    folder.check_new(path)
+    (tmp_path / "schema.toml").write_text("a user's own")
+    with pytest.raises(ArgumentError, match="must be a folder that is empty"):
+        folder.check_new(tmp_path)
+
+
 def test_auto_takes_the_newest_unfinished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for age, (name, finished) in enumerate([("newest", True), ("new", False), ("old", False)]):

@@ -16,7 +16,7 @@ import fastdp
 from fastdp import _kernels, _mpi  # type: ignore[attr-defined]
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-LOOP, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PREDICT, LOOP, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_one_version() -> None:

@@ -291,7 +291,7 @@ train.main(["--epochs", "1", "--noise-multiplier", "1", "--output", sys.argv[2]]
 """
 
 
-@pytest.mark.parametrize("moment", range(1, 9))
+@pytest.mark.parametrize("moment", range(1, 11))
 def test_a_run_killed_before_it_was_begun_is_begun_again(moment: int, tmp_path: Path) -> None:
     """At each fsync until run.json is there: what is left behind is nobody's, and --resume auto begins the run."""
     output = tmp_path / "run"
@@ -364,7 +364,7 @@ def test_another_schema_is_not_trained_with(
     monkeypatch.setattr(data, "load", lambda *_: renamed)
     with pytest.raises(SystemExit, match="2"):
         train.main(["--resume", str(tmp_path / "run")])
-    assert "must be that of the run that is resumed" in capsys.readouterr().err
+    assert "schema='changed': must be as the run was begun with" in capsys.readouterr().err
 
 
 def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from mpi import launch
 from fastdp import data, folder, metrics, report, train
 from fastdp.models import build_model
 
-FILES = ["curves.png", "ledger.jsonl", "metrics.jsonl", "model.pt", "report.json", "run.json"]
+FILES = ["curves.png", "ledger.jsonl", "metrics.jsonl", "model.pt", "report.json", "run.json", "schema.toml"]
 
 
 def train_cli(
