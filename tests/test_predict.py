@@ -237,7 +237,8 @@ def test_what_cannot_be_predicted_is_one_line(here: Path, capfd: pytest.CaptureF
         return err.removeprefix("fastdp.predict: error: ").rstrip()
 
     write("bad.csv", rows=[("30", "1", "nurse"), ("old", "1", "nurse")])
-    assert refused("run", "--data", "bad.csv") == "column 'age', row 1 of bad.csv='old': must be a finite number, or one of [file] nulls"
+    bound = "a finite number, or one of [file] nulls"
+    assert refused("run", "--data", "bad.csv") == f"column 'age', row 1 of bad.csv='old': must be {bound}"
     Path("bad.csv").write_text("age,job,outcome\n1,nurse,yes\n")
     assert refused("run", "--data", "bad.csv").startswith("column 'debt' of bad.csv='absent': must be there")
     assert refused("run", "--data", "no.csv") == "data='no.csv': must be a file or folder that exists"
