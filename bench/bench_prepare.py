@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,16 +163,18 @@ def warm(path: Path, output: Path, rounds: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def measure(path: Path, rows: int, rounds: int = 3) -> dict[str, tuple[float, float | None]]:
+def measure(
+    path: Path, rows: int, rounds: int = 3, cores: Sequence[int] = (1, 2)
+) -> dict[str, tuple[float, float | None]]:
     """{what: (seconds, GB or None)}; all of them made the same table, or this raises."""
-    found: dict[str, tuple[float, float | None]] = {}
+    found: Found = {}
     start = time.perf_counter()
     expected = patterns(*row_loop(path))
     found["row loop"] = time.perf_counter() - start, None
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         output = Path(scratch) / "prepared"
-        for cores in (1, 2):
-            found[f"job, cold, {cores} core{'s' * (cores > 1)}"] = cold(path, output, cores)
+        for count in cores:
+            found[f"job, cold, {count} core{'s' * (count > 1)}"] = cold(path, output, count)
             assert (patterns_of(output) == expected).all()
         found["job, warm, 2 cores"] = warm(path, output, rounds), None
         assert (patterns_of(output) == expected).all()
@@ -191,7 +193,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def draw(found: dict[str, tuple[float, float | None]], rows: int, figure: Path) -> None:
+def draw(found: Found, rows: int, figure: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(found)[::-1]
@@ -212,7 +214,7 @@ def bench_prepare_against_row_loop(benchmark, tmp_path: Path) -> None:
     pytest.importorskip("pyspark")
     rows, path = 300_000, tmp_path / "table.csv"
     make_csv(path, rows)
-    found = benchmark.pedantic(lambda: measure(path, rows, rounds=2), rounds=1)
+    found = benchmark.pedantic(lambda: measure(path, rows, 2, [2]), rounds=1)
     for name, (seconds, memory) in found.items():
         benchmark.extra_info[name] = f"{seconds:.2f} s" + ("" if memory is None else f", {memory:.2f} GB")
     benchmark.extra_info["row loop / job, warm"] = found["row loop"][0] / found["job, warm, 2 cores"][0]

@@ -76,7 +76,9 @@ def noise_multiplier(
         ArgumentError: an argument is out of its bounds, or no noise multiplier in [1e-2, 1e6] lands in that interval:
             at very large δ, a step can cost ε = 0 at one noise multiplier and more than the target just below it.
     """
-    return _noise_multiplier(target_epsilon, target_delta, sample_rate, steps, accountant, tuple((prior or {}).items()))
+    return _noise_multiplier(
+        target_epsilon, target_delta, sample_rate, steps, accountant, tuple(_checked(prior or {}).items())
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -150,9 +152,7 @@ class Ledger:
         require(accountant in ("pld", "rdp"), "accountant", accountant, "'pld' or 'rdp'")
         self.accountant: Final = accountant
         self._counts: Counter[Event] = Counter()
-        self.prior: Final = dict(prior or {})
-        for (sigma, rate), count in self.prior.items():
-            _check_event(sigma, rate, count)
+        self.prior: Final = _checked(prior or {})
 
     def step(self, noise_multiplier: float, sample_rate: float, count: int = 1) -> None:
         """Record `count` steps; call it BEFORE anything of them is released.
@@ -231,6 +231,16 @@ def tail_delta(noise_multiplier: float, steps: int, dimension: int) -> float:
         return 1.0
     shift = math.exp(-((TAIL_RADIUS - 1 / noise_multiplier) ** 2) / 2)
     return min(1.0, steps * (shift + dimension * 2 * math.exp(-(TAIL_RADIUS**2) / 2)))
+
+
+def _checked(prior: Mapping[Event, int]) -> dict[Event, int]:
+    try:
+        events = {(float(sigma), float(rate)): int(count) for (sigma, rate), count in prior.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ArgumentError("prior", prior, "{(noise multiplier, sample rate): count}") from None
+    for (sigma, rate), count in events.items():
+        _check_event(sigma, rate, count)
+    return events
 
 
 def _check_event(noise_multiplier: float, sample_rate: float, count: int) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from fastdp.disk import make_folder, write_whole
 
-FORMAT: Final = "fastdp checkpoint 1"
+FORMAT: Final = "fastdp checkpoint 2"
 KEPT: Final = 2
 
 

@@ -161,7 +161,7 @@ def _from_attribute(spec: str) -> Table:
     if callable(made) and not isinstance(made, Table):
         made = attributes.call("data", spec, made, CODE_MAKES)
     if isinstance(made, Table):
-        return dataclasses.replace(made, schema=None)  # the code may have changed what another table's schema made
+        return dataclasses.replace(made, schema=None, digest=None)  # the code may have changed what a schema made
     pair = isinstance(made, (tuple, list)) and len(made) == 2
     require(pair, "data", spec, f"{CODE_MAKES}; it is a {type(made).__name__}")
     (train_features, train_labels), (test_features, test_labels) = (_tensors(spec, dataset) for dataset in made)

@@ -236,7 +236,11 @@ class PrivacyEngine:
         key = self._shared_key(plan, records, spans, optimizer, comm)
         self._open_ledger(plan, target, comm)
         recorder = layers.Recorder()
-        layers.attach(module, recorder)
+        try:
+            layers.attach(module, recorder)
+        except ArgumentError:
+            self.close()
+            raise
         loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size), piece)
         spent = self.ledger.steps
         loader.skip(*(divmod(spent, len(loader)) if plan.poisson_sampling else (spent, 0)))
@@ -291,11 +295,12 @@ class PrivacyEngine:
         if comm is not None and comm.size > 1:
             groups = [sorted((k, str(v)) for k, v in g.items() if k != "params") for g in optimizer.param_groups]
             shapes = [(s.name, tuple(s.param.shape), s.param.dtype) for s in spans]
-            mine = (plan, records, shapes, type(optimizer).__name__, groups)
+            account = (self.ledger.accountant, self.ledger.prior, self.seed is None, self._ledger_path is None)
+            mine = (plan, records, shapes, type(optimizer).__name__, groups, account)
             for rank, other in enumerate(comm.allgather_object(mine)):
                 if other != mine:
                     raise CommError(
-                        f"rank {rank} runs another plan, data size, model or optimizer than rank {comm.rank}"
+                        f"rank {rank} runs another plan, data size, model, optimizer or account than rank {comm.rank}"
                     )
             secret = comm.bcast_object(secret, 0)
             with torch.no_grad():

@@ -48,14 +48,14 @@ class Recorder:
     def __init__(self) -> None:
         self.uses: list[LinearUse | Call] = []
         self.backward: int | None = None  # autograd's number of the backward that is being recorded
-        self.batch = 0  # which of the loader's batches is current
-        self.inside = False  # a call of the module given to make_private, rather than of a part of it
+        self.batch = 0  # which of the loader's batches is current; below 0: a replay of one
+        self.depth = 0  # of calls of the module given to make_private that are going on
         self.paused = False  # a forward that is run again
 
     @property
     def place(self) -> int | None:
         """Where a use belongs: the batch; None if it is of no batch, since it was called beside the module."""
-        return self.batch if self.inside else None
+        return self.batch if self.depth else None
 
     def clear(self) -> None:
         self.uses.clear()
@@ -75,6 +75,11 @@ class Recorder:
             raise PrivacyError(
                 f"{use.layer}: a loss made of it beside the module given to make_private, which would not be probed; "
                 "call that module, not a part of it"
+            )
+        if self.batch < 0 and use.batch != self.batch:
+            raise PrivacyError(
+                f"{use.layer}: a part of the loss is made in the module and does not come with its output, so that it "
+                "cannot be probed for coupled records: return it, too"
             )
         if use.batch != self.batch:
             raise PrivacyError(f"{use.layer}: backward() through a forward of an earlier batch")

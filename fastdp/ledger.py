@@ -84,8 +84,9 @@ class DurableLedger(Ledger):
         atexit.unregister(self.close)
         # If there is no room for a line, what was reserved stays spent: an upper bound all the same.
         with contextlib.suppress(OSError):
-            for event, reserved in self._reserved.items():
+            for event, reserved in list(self._reserved.items()):
                 if unused := reserved - self._counts[event]:
+                    self._reserved[event] -= unused  # first: an interrupt must not give it back twice
                     self._append(_entry("unused", event, unused))
         self._shut()
 
@@ -97,7 +98,7 @@ class DurableLedger(Ledger):
         try:
             self._lock()
             self._lines = _read(self.path, self._file, self._counts)
-            prior = [[*event, count] for event, count in self.prior.items()]
+            prior = [[*event, count] for event, count in sorted(self.prior.items())]
             if self._lines == 0:
                 self._append({"format": FORMAT, "seeded": self._seeded, "prior": prior})
             else:

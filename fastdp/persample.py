@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastdp.errors import PrivacyError
 from fastdp.rules import Slot
+from fastdp.state import kept
 
 # Of the largest element: what float32 may round differently between a batch and a single record.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
@@ -133,7 +134,7 @@ class Unit:
             return pull(tuple(b)), outputs
 
         # vmap knows attention by its parts only.
-        with self._pause(), kept_buffers(self.module), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with self._pause(), kept(self.module), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             gradients, outputs = self._all_records(one, leaves, in_dims, b, out_dims, rows)
             for y, again, dim in zip(call.outputs, outputs, out_dims, strict=True):
                 self._check_output(_first(y, dim), again)
@@ -209,7 +210,7 @@ class Unit:
             ys, gs = zip(*used, strict=True)
             sums = [g if g is None else _dense(g) for g in torch.autograd.grad(ys, parameters, gs, allow_unused=True)]
         # Of what cancels to nothing, the bias before a normalisation say, rounding is left: 1e-6 of the terms.
-        inputs = [_largest(x) for x in _floating(arguments) if x.numel()]
+        inputs = [x.abs().median().item() for x in _floating(arguments) if x.numel()]  # not of a hostile record
         terms = sum(g.abs().sum().item() for g in b) * max([1.0, *inputs])
         rounding = 8 * torch.finfo(b[0].dtype).eps * terms if math.isfinite(terms) else 0.0
         seen: set[Tensor] = set()
@@ -226,18 +227,6 @@ class Unit:
                     f"{self.layer}: the gradients of {type(self.module).__name__} record by record do not add up to "
                     "that of the batch: it mixes records, or uses its parameters in a way that is not seen"
                 )
-
-
-@contextmanager
-def kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Its buffers are afterwards as they were, whether the module changes them or puts others in their place."""
-    kept = [(m, name, x, x.clone()) for m in module.modules() for name, x in m._buffers.items() if x is not None]
-    try:
-        yield
-    finally:
-        for m, name, x, value in kept:
-            m._buffers[name] = x
-            x.data.copy_(value)
 
 
 def _floating(output: Any) -> list[Tensor]:

@@ -29,8 +29,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fastdp.coupling import STRENGTHS, compare, compare_half, replace_rows, size
 from fastdp.errors import PrivacyError
 from fastdp.layers import PLAIN, Inert, LinearUse, Recorder
-from fastdp.persample import Call, kept_buffers
+from fastdp.persample import Call
 from fastdp.scales import Scales
+from fastdp.state import State
 from fastdp.tape import Tape, mark, plain
 
 PROBED_BATCHES = {1, 10, 100, 1000}
@@ -56,6 +57,7 @@ class Probe:
         self._needed = False  # in this step
         self._expected: int | None = None  # uses of layers that this step's probe saw
         self.tape: Tape | None = None
+        self._replays = 0
         self._passed: Tape | None = None  # of this step, once it was probed
         root.register_forward_pre_hook(self.before, with_kwargs=True)
         root.register_forward_hook(self.after, with_kwargs=True, always_call=True)
@@ -73,6 +75,7 @@ class Probe:
                 if isinstance(x, Tensor) and not x.is_floating_point() and bool((x == self.ignore_index).any()):
                     _refuse_ignored(self.ignore_index)
         self.tape = self._passed = None
+        self.recorder.depth = 0
         self._needed, self._expected, self._rows = False, None, rows
         if rows < 1:
             return batch
@@ -105,22 +108,24 @@ class Probe:
             )
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if module is self.root:
-            self.recorder.inside = True
-        if module is not self.root or not torch.is_grad_enabled() or self._rows < 1:
+        if module is not self.root:
+            return None
+        self.recorder.depth += 1
+        if self.recorder.depth > 1 or not torch.is_grad_enabled() or self._rows < 1:
             return None
         if self.tape is None:
             # Training and evaluation mode are two models.
             self._needed = self._needed or (self._mode not in self._modes and self._expected is None)
             return None
-        self.tape.begin(args, kwargs)
+        self.tape.begin(self.root, args, kwargs)
         return tree_map_only(Tensor, plain, (args, kwargs))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         tape = self.tape
-        if module is self.root:
-            self.recorder.inside = False
-        if module is not self.root or tape is None or output is None or not torch.is_grad_enabled():
+        if module is not self.root:
+            return None
+        self.recorder.depth = max(0, self.recorder.depth - 1)  # 0: a hook before ours raised
+        if self.recorder.depth or tape is None or output is None or not torch.is_grad_enabled():
             return None
         given = [x.grad_fn for x in tree_leaves(output) if isinstance(x, Tensor)]
         output = tree_map_only(Tensor, lambda x: mark(x, tape), output)
@@ -163,6 +168,8 @@ class Probe:
                     "on the records: keep it a tensor, or take it after backward()"
                 )
             self._check_buffers(buffers, other_buffers)
+        again, _, _ = self._replay(tape, loss, gradient, lambda x: x, after=replace)
+        compare(base, again, torch.ones(rows, dtype=torch.bool))
         self._check_reduction(tape, loss, gradient, base, values)
         self.passed(len(base))
 
@@ -174,13 +181,13 @@ class Probe:
             change = functools.partial(replace_rows, changed=one, strength=strength)
             _, _, other = self._replay(tape, loss, gradient, change)
             self._check_buffers(buffers, other)
-        again, _, _ = self._replay(tape, loss, gradient, lambda x: x)
+        again, _, _ = self._replay(tape, loss, gradient, lambda x: x, after=change)
         compare(base, again, one)
 
     def _check_buffers(self, buffers: list[Tensor], others: list[Tensor]) -> None:
         """Not a bit of them may follow the records: running statistics with a small momentum move by little."""
         for name, was, now in zip(dict(self.root.named_buffers()), buffers, others, strict=True):
-            if not bool(((was == now) | (was.isnan() & now.isnan())).all()):
+            if was.shape != now.shape or not bool(((was == now) | (was.isnan() & now.isnan())).all()):
                 raise PrivacyError(f"module: buffer {name} is computed from the records and would leave un-noised")
 
     def _check_functions(self, tape: Tape, loss: Tensor) -> None:
@@ -236,10 +243,21 @@ class Probe:
             raise PrivacyError(f"loss_reduction={said!r}: must be {found!r}, which is what the loss does")
 
     def _replay(
-        self, tape: Tape, loss: Tensor, gradient: Tensor | None, change: Callable[[Tensor], Tensor]
+        self,
+        tape: Tape,
+        loss: Tensor,
+        gradient: Tensor | None,
+        change: Callable[[Tensor], Tensor],
+        after: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[list[LinearUse | Call], list[Any], list[Tensor]]:
-        """What the layers recorded, the numbers taken out of torch, and the buffers, on changed records."""
+        """What the layers recorded, the numbers taken out of torch, and the buffers, on changed records.
+
+        after: how they were changed in a forward before this one, of which the module may remember something.
+        """
         with self.untouched():
+            if after is not None:
+                tape.replay(after)
+                _seed()
             known, values = tape.replay(change)
             again = known.get(id(loss))
             if again is None or not again.requires_grad:
@@ -257,27 +275,39 @@ class Probe:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Random numbers, buffers, gradients and what the layers recorded are afterwards as they were before."""
+        """Random numbers, the module's state, gradients and what the layers recorded are afterwards as before."""
         gradients = [(p, p.grad) for p in self.root.parameters()]
         python, numbers = random.getstate(), np.random.get_state()
         tape, self.tape = self.tape, None
         rows, self._rows = self._rows, 0  # the hooks above do nothing meanwhile
-        uses, backward = self.recorder.uses, self.recorder.backward
+        recorder = self.recorder
+        before = recorder.uses, recorder.backward, recorder.batch, recorder.depth
+        state = State(self.root)
         try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad(), kept_buffers(self.root):
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 # What the loop draws is the same in every replay; what the module draws is what it drew.
-                torch.manual_seed(0)
-                random.seed(0)
-                np.random.seed(0)
-                self.recorder.uses, self.recorder.backward = [], None
+                _seed()
+                recorder.uses, recorder.backward = [], None
+                # Of no batch, and of no other replay: what an earlier graph brings is refused.
+                self._replays += 1
+                recorder.batch, recorder.depth = -self._replays, 0
+                if tape is not None and tape.state is not None:
+                    tape.state.restore()
                 yield
         finally:
-            self.recorder.uses, self.recorder.backward = uses, backward
+            recorder.uses, recorder.backward, recorder.batch, recorder.depth = before
+            state.restore()
             self.tape, self._rows = tape, rows
             random.setstate(python)
             np.random.set_state(numbers)
             for p, g in gradients:
                 p.grad = g
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 def _check_batch(batch: Any, rows: int) -> None:

@@ -75,38 +75,44 @@ def check(table: Table) -> None:
     Raises:
         ArgumentError: naming what is wrong, with row and value.
     """
-    if table.digest is not None:
+    tensors = (table.train_features, table.train_labels, table.test_features, table.test_labels)
+    if table.digest is not None and all(isinstance(x, Stacked) for x in tensors):
         return
-    regression = table.task == "regression"
     require(table.num_classes != 1, "class_names", table.class_names, "two or more; none for regression")
-    kind = torch.float32 if regression else torch.int64
     for split in ("train", "test"):
-        features, labels = getattr(table, f"{split}_features"), getattr(table, f"{split}_labels")
-        for name, x in (("features", features), ("labels", labels)):
-            plain = isinstance(x, Tensor) and x.layout is torch.strided and x.is_cpu and not x.requires_grad
-            bound = "a dense tensor on the CPU that requires no gradient"
-            require(plain, f"{split}_{name}", type(x).__name__, bound)
-        rows, width = features.shape[0] if features.ndim >= 2 else 0, table.train_features.shape[1:]
-        require(
-            rows >= 1 and features.numel() > 0, f"{split}_features.shape", tuple(features.shape), "[rows >= 1, D >= 1]"
-        )
-        require(
-            features.shape[1:] == width, f"{split}_features.shape", tuple(features.shape), f"[rows, *{tuple(width)}]"
-        )
-        require(features.dtype is torch.float32, f"{split}_features.dtype", features.dtype, "torch.float32")
-        names, count = table.feature_names, features[0].numel()
-        require(len(names) in (0, count), "feature_names", f"{len(names)} names", f"none, or {count}")
-        require(labels.shape == (rows,), f"{split}_labels.shape", tuple(labels.shape), f"({rows},), one per record")
-        require(labels.dtype is kind, f"{split}_labels.dtype", labels.dtype, f"{kind} for {table.task}")
-        assert isinstance(features, Tensor) and isinstance(labels, Tensor)
-        check_finite(features.flatten(1), table.feature_names or None)
-        if regression:
-            check_finite(labels[:, None], ("the label",))
-        else:
-            bad = (labels < 0) | (labels >= table.num_classes)
-            if bool(bad.any()):
-                row = int(bad.int().argmax())
-                raise CellError("the label", row, labels[row].item(), f"a class in [0, {table.num_classes})")
+        features, labels = (_parts(getattr(table, f"{split}_{name}")) for name in ("features", "labels"))
+        require(len(features) == len(labels), f"{split}_labels", f"{len(labels)} parts", f"{len(features)}")
+        for x, y in zip(features, labels, strict=True):
+            _check_split(table, split, x, y)
+
+
+def _check_split(table: Table, split: str, features: Tensor, labels: Tensor) -> None:
+    regression = table.task == "regression"
+    kind = torch.float32 if regression else torch.int64
+    for name, x in (("features", features), ("labels", labels)):
+        plain = isinstance(x, Tensor) and x.layout is torch.strided and x.is_cpu and not x.requires_grad
+        bound = "a dense tensor on the CPU that requires no gradient"
+        require(plain, f"{split}_{name}", type(x).__name__, bound)
+    rows, width = features.shape[0] if features.ndim >= 2 else 0, table.train_features.shape[1:]
+    require(rows >= 1 and features.numel() > 0, f"{split}_features.shape", tuple(features.shape), "[rows >= 1, D >= 1]")
+    require(features.shape[1:] == width, f"{split}_features.shape", tuple(features.shape), f"[rows, *{tuple(width)}]")
+    require(features.dtype is torch.float32, f"{split}_features.dtype", features.dtype, "torch.float32")
+    names, count = table.feature_names, features[0].numel()
+    require(len(names) in (0, count), "feature_names", f"{len(names)} names", f"none, or {count}")
+    require(labels.shape == (rows,), f"{split}_labels.shape", tuple(labels.shape), f"({rows},), one per record")
+    require(labels.dtype is kind, f"{split}_labels.dtype", labels.dtype, f"{kind} for {table.task}")
+    check_finite(features.flatten(1), table.feature_names or None)
+    if regression:
+        check_finite(labels[:, None], ("the label",))
+    else:
+        bad = (labels < 0) | (labels >= table.num_classes)
+        if bool(bad.any()):
+            row = int(bad.int().argmax())
+            raise CellError("the label", row, labels[row].item(), f"a class in [0, {table.num_classes})")
+
+
+def _parts(x: Tensor | Stacked) -> list[Tensor]:
+    return x.parts if isinstance(x, Stacked) else [x]
 
 
 def check_same(comm: Communicator, table: Table) -> None:
@@ -120,11 +126,13 @@ def check_same(comm: Communicator, table: Table) -> None:
     if comm.size == 1:
         return
     digest = hashlib.blake2b(repr((table.declaration, table.digest)).encode())
-    for tensor in (table.train_features, table.train_labels, table.test_features, table.test_labels):
-        if isinstance(tensor, Stacked):
+    inputs = (table.train_features, table.test_features, table.train_categories, table.test_categories)
+    for tensor in (*inputs, table.train_labels, table.test_labels):
+        if tensor is None or (isinstance(tensor, Stacked) and table.digest is not None):
             continue  # the files' checksums are in table.digest
-        digest.update(repr((tensor.shape, tensor.dtype)).encode())
-        digest.update(tensor.detach().contiguous().numpy().data)
+        for part in _parts(tensor):
+            digest.update(repr((part.shape, part.dtype)).encode())
+            digest.update(part.detach().contiguous().numpy().data)
     first, *others = comm.allgather_object((digest.digest(), len(table.train_labels), len(table.test_labels)))
     different = [(rank, n, m) for rank, (other, n, m) in enumerate(others, 1) if other != first[0]]
     if different:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._guards import CompileContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.errors import PrivacyError
+from fastdp.state import State
 
 
 class Random:
@@ -45,13 +46,16 @@ class Tape:
         self._sources: list[tuple[Tensor, Tensor]] = []  # as marked, and its value
         self._begun: tuple[Any, Any, Random] = ((), {}, Random())  # the root module's current call
         self._randoms: dict[int, Random] = {}  # by the number of a call of the root module: what it drew from
+        self.state: State | None = None  # of the root module before its first call
 
     @property
     def active(self) -> bool:
         return self._is_active(self)
 
-    def begin(self, args: Any, kwargs: Any) -> None:
+    def begin(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         """The root module is called."""
+        if self.state is None:
+            self.state = State(root)
         self._begun = (args, kwargs, Random())
 
     def end(self, root: Any, output: Any) -> None:

@@ -11,6 +11,7 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -355,3 +356,47 @@ def _gaussian_rdp(rho2: float, delta: float) -> float:
     """ε of Gaussian mechanisms whose 1/σ² sum to rho2, from their Rényi curve (Canonne et al. 2020, prop. 12)."""
     orders = [1 + x / 1000 for x in range(1, 400_000)]
     return min(a * rho2 / 2 + math.log1p(-1 / a) - math.log(delta * a) / (a - 1) for a in orders)
+
+
+def test_priors_are_checked_and_in_any_order(path: Path) -> None:
+    first, second = {(2.0, 1.0): np.int64(3), (20, 1): 1}, {(20.0, 1.0): 1, (2.0, 1.0): 3}
+    DurableLedger(path, prior=first).close()
+    DurableLedger(path, prior=second).close()
+    for wrong in ({(2.0,): 3}, [(2.0, 1.0, 3)], {("x", 1.0): 2}):
+        with pytest.raises(ArgumentError, match="prior="):
+            PrivacyEngine(prior=wrong)
+    with pytest.raises(ArgumentError, match="noise_multiplier=-1"):
+        PrivacyEngine(prior={(-1.0, 1.0): 2})
+
+
+def test_what_was_not_used_is_given_back_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spending = DurableLedger(path)
+    for _ in range(20):
+        spending.step(1.0, 0.1)
+    reserved = ledger.read(path)[1.0, 0.1]
+    assert reserved > 20
+
+    def interrupted(self: DurableLedger) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DurableLedger, "_shut", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        spending.close()
+    spending.close()
+    assert ledger.read(path) == {(1.0, 0.1): 20}
+
+
+def test_an_engine_that_cannot_be_made_lets_go_of_its_ledger(path: Path) -> None:
+    model = torch.nn.Linear(3, 1)
+    common = {
+        "module": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "data_loader": DataLoader(TensorDataset(torch.randn(64, 3)), batch_size=8),
+        "max_grad_norm": 1.0,
+        "noise_multiplier": 1.0,
+    }
+    PrivacyEngine().make_private(**common)
+    with pytest.raises(ArgumentError, match="private already"):
+        PrivacyEngine(ledger=path).make_private(**common)
+    DurableLedger(path).close()

@@ -179,11 +179,13 @@ def test_a_loss_that_cannot_be_replayed_is_refused(loop) -> None:
 class FirstTimeOnly(nn.Sequential):
     """Passes its last layer over in all calls but the first, and so in replays."""
 
-    calls = 0
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.calls: list[int] = []  # what is in a list is not put back before a replay
 
     def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return super().forward(x) if self.calls == 1 else self[:-1](x)
+        self.calls.append(len(x))
+        return super().forward(x) if len(self.calls) == 1 else self[:-1](x)
 
 
 def test_a_step_that_uses_other_layers_than_were_probed_is_refused() -> None:
@@ -581,3 +583,93 @@ def test_a_loss_scaled_by_the_number_of_records_is_refused(name: str) -> None:
 def test_a_sum_divided_by_a_constant_is_a_sum(divisor: float) -> None:
     sizes = list(train_on_squares(lambda losses: losses.sum() / divisor, "sum", epochs=8))
     assert 20 in sizes and len(sizes) == 40
+
+
+class Aside(nn.Module):
+    """Makes a part of the loss in the module, of layers that its output does not use, and does not return it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head, self.other = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+        self.trunk.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.trunk(x))
+        out = self.other(h)
+        self.aside = (out - out.mean(0)).square().mean()
+        return self.head(h)
+
+
+def test_a_part_of_the_loss_that_is_not_returned_is_refused() -> None:
+    module = Aside()
+    with pytest.raises(PrivacyError, match="does not come with its output"):
+        run(module, lambda out, y: F.cross_entropy(out, y) + module.aside)
+
+
+class StartsFromTheFirst(nn.Module):
+    """Normalises by statistics of the first batch, kept in one of four ways (Glow's ActNorm: in parameters)."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.begun, self.attribute = how, False, torch.zeros(6)
+        self.shift = nn.Parameter(torch.zeros(6))
+        self.register_buffer("empty", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.begun:
+            self.begun, mean = True, x.detach().mean(0)
+            if self.how == "parameter":
+                self.shift.data.copy_(mean)
+            elif self.how == "attribute":
+                self.attribute = mean
+            elif self.how == "buffer":
+                self.register_buffer("first", mean)
+            else:
+                self.empty = mean
+        kept = {"parameter": self.shift, "attribute": self.attribute, "buffer": getattr(self, "first", 0.0)}
+        return x - kept.get(self.how, self.empty) + 0 * self.shift
+
+
+@pytest.mark.parametrize("how", ["parameter", "attribute", "buffer", "empty"])
+def test_statistics_of_the_first_batch_are_refused(how: str) -> None:
+    with pytest.raises(PrivacyError, match=r"on the other records|from the records|another output"):
+        run(nn.Sequential(StartsFromTheFirst(how), mlp()), F.cross_entropy)
+
+
+class CallsItself(nn.Module):
+    def __init__(self, couples: bool) -> None:
+        super().__init__()
+        self.layer, self.couples = nn.Linear(6, 3), couples
+
+    def forward(self, x: Tensor, inner: bool = False) -> Tensor:
+        return self.layer(x) if inner else self(x - x.mean(0) if self.couples else 2 * x, True)
+
+
+def test_a_module_that_calls_itself_is_probed_as_a_whole() -> None:
+    run(CallsItself(False), F.cross_entropy)
+    with pytest.raises(PrivacyError, match="depends on the other records"):
+        run(CallsItself(True), F.cross_entropy)
+
+
+class MasksBySize(nn.Module):
+    """Registers a buffer for each number of records it sees, one at a re-run, and remembers its last output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3))
+        self.register_buffer("expanded", torch.arange(6.0).expand(4, 6))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        name = f"mask_{len(x)}"
+        if not hasattr(self, name):
+            self.register_buffer(name, x.new_ones(len(x), 1))
+        self.last = x * getattr(self, name) @ self.weight
+        return self.last
+
+
+def test_runs_of_ours_leave_nothing_in_the_module() -> None:
+    module = nn.Sequential(MasksBySize())
+    run(module, F.cross_entropy, poisson_sampling=False)
+    assert sorted(module.state_dict()) == ["0.expanded", "0.mask_20", "0.weight"]
+    assert module[0].last.shape == (20, 3) and module[0].last.isfinite().all()

@@ -25,10 +25,11 @@ def make(
     records: int = 40,
     width: int = 3,
     optimizer: type[torch.optim.Adam] = torch.optim.Adam,
+    engine: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
     module = nn.Linear(5, width)
-    fastdp.PrivacyEngine(seed=1).make_private(
+    fastdp.PrivacyEngine(**(engine or {"seed": 1})).make_private(
         module=module,
         optimizer=optimizer(module.parameters(), **options),
         data_loader=DataLoader(TensorDataset(torch.ones(records, 5)), batch_size=4),
@@ -48,7 +49,11 @@ for changed in (
     {"eps": 1e-6},
     {"optimizer": torch.optim.AdamW, "weight_decay": 0.0},
     {"optimizer": Other},
+    {"engine": {"seed": 1, "prior": {(20.0, 1.0): 1}}},
+    {"engine": {"seed": None}},
+    {"engine": {"seed": 1, "accountant": "rdp"}},
+    {"engine": {"seed": 1, "ledger": "absent/ledger.jsonl"}},
 ):
-    with pytest.raises(fastdp.CommError, match="runs another plan, data size, model or optimizer"):
+    with pytest.raises(fastdp.CommError, match="runs another plan, data size, model, optimizer or account"):
         make(**(changed if mine else {}))
 print(f"done: rank {comm.rank}", flush=True)
