@@ -85,7 +85,12 @@ def _views(path: Path, rows: int, schema: Schema) -> dict[str, list[Tensor]]:
     opened = pa.ipc.open_file(whole)
     batches = [opened.get_batch(i) for i in range(opened.num_record_batches)]
     layout = shards.layout_of(schema)
-    require(opened.schema.equals(layout), f"columns of {path}", opened.schema.names, f"those of its schema: {layout}")
+    require(
+        opened.schema.equals(layout),
+        f"columns of {path}",
+        str(opened.schema).split("\n"),
+        f"{str(layout).split(chr(10))}",
+    )
     found = sum(batch.num_rows for batch in batches)
     require(found == rows, f"rows of {path}", found, f"{rows}, as the manifest says")
 
