@@ -162,9 +162,10 @@ def progress(spark: SparkSession, what: str, total: int) -> Iterator[None]:
 def session() -> Iterator[SparkSession]:
     """A Spark session that ends with the block, and has what executors need."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # else the workers are the `python3` of PATH
-    from pyspark import SparkConf
+    from pyspark import SparkConf, SparkContext
     from pyspark.sql import SparkSession
 
+    SparkContext._ensure_initialized()  # a SparkConf made before knows nothing of spark-submit's options
     conf = SparkConf()
     for key, value in {
         "spark.master": "local[*]",

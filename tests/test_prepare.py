@@ -96,6 +96,7 @@ def job() -> Iterator[Any]:
         import prepare
 
         with prepare.session() as spark:
+            assert spark.sparkContext.master == "local[2]"
 
             @contextmanager
             def shared() -> Iterator[Any]:
@@ -148,7 +149,7 @@ def test_the_original_workload_is_what_the_row_loop_makes(job: Any, tmp_path: Pa
 
 
 def test_a_folder_of_every_kind_of_file_is_one_table(job: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    """Under equal names in other folders, with what Spark leaves beside files; and test rows from files of their own."""
+    """Under equal names in other folders, with what Spark leaves beside files; and test rows from their own."""
     monkeypatch.setattr(pieces, "PIECE_BYTES", 3_000)
     rows = plain_table(600)
     for i, (name, write) in enumerate(WRITERS.items()):
@@ -276,7 +277,7 @@ def until(condition: Any, process: subprocess.Popen[bytes], log: Path, seconds: 
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.02)
+        time.sleep(0.03)
     return found
 
 
@@ -320,9 +321,9 @@ def test_a_job_that_is_killed_and_done_again_on_a_cluster(job: Any, tmp_path: Pa
     this process writes; and two ranks train on it, with an embedding of the codes."""
     raw, out = tmp_path / "raw", tmp_path / "out"
     raw.mkdir()
-    rows = plain_table(20_000)
-    for i in range(40):
-        WRITERS["t.csv"](rows[500 * i : 500 * (i + 1)], raw / f"t{i:02}.csv")
+    rows = plain_table(9_000)
+    for i in range(30):
+        WRITERS["t.csv"](rows[300 * i : 300 * (i + 1)], raw / f"t{i:02}.csv")
     (tmp_path / "s.toml").write_text(CONFIG)
     arguments = [str(JOB), "--config", str(tmp_path / "s.toml"), "--input", str(raw), "--output", str(out)]
     log = tmp_path / "log"
@@ -336,14 +337,14 @@ def test_a_job_that_is_killed_and_done_again_on_a_cluster(job: Any, tmp_path: Pa
             for worker in workers_of(process.pid):
                 with suppress(ProcessLookupError):
                     os.kill(worker, signal.SIGKILL)
-            time.sleep(0.01)
+            time.sleep(0.2)
         assert process.returncode != 0
     assert not prepared.is_prepared(out) and not (out / shards.SUMMARY).exists()
     with started([sys.executable, *arguments], log) as process:
         until(lambda: not parts(), process, log)  # those of the first run go
         until(lambda: len(parts()) >= 2, process, log)
         os.killpg(process.pid, signal.SIGKILL)
-    assert not prepared.is_prepared(out) and len(parts()) < 40
+    assert not prepared.is_prepared(out) and len(parts()) < 30
     poison = tmp_path / "poison"
     (poison / "fastdp").mkdir(parents=True)
     (poison / "fastdp" / "__init__.py").write_text("raise ImportError('not the modules that were shipped')")
@@ -365,7 +366,7 @@ def test_a_job_that_is_killed_and_done_again_on_a_cluster(job: Any, tmp_path: Pa
         assert len([*tmp_path.glob("w[01]/app-*/*/stderr")]) == 2  # both had executors
     job.prepare(CONFIG, [str(raw)], [], tmp_path / "again")
     assert contents(out) == contents(tmp_path / "again")
-    assert len(parts()) == 40 and not list(out.rglob(".*"))
+    assert len(parts()) == 30 and not list(out.rglob(".*"))
     train(out, tmp_path)
 
 
