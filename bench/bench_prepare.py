@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastdp import prepared, shards
+from fastdp import pieces, prepared, shards
 from fastdp.schema import parse_schema
 
 ROOT = Path(__file__).parent.parent
@@ -152,13 +152,15 @@ def session_memory(session: int) -> float:
 def warm(path: Path, output: Path, rounds: int) -> float:
     """Median seconds of the job in a session that has done it before."""
     job, text = load_job(), CONTRACT.read_text(encoding="utf-8")
-    sources = job.list_sources([str(path)], "input", None)
+    sources, schema = job.list_sources([str(path)], "input", None), parse_schema(text)
     seconds = []
     with job.session() as spark:
         for _ in range(rounds + 1):
             shutil.rmtree(output, ignore_errors=True)
             start = time.perf_counter()
-            job.write(spark, sources, parse_schema(text), job.origin_of(text, sources), output)
+            cut = [piece for source in sources for piece in pieces.cut(source, schema)]
+            shards.begin(output)
+            job.write(spark, cut, schema, job.origin_of(text, sources), output)
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import io
+import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from fastdp import csvrows, shards, transform
-from fastdp.columns import Schema
+from fastdp.columns import Layout, Schema
 from fastdp.errors import ArgumentError, require
 from fastdp.files import used_columns
 from fastdp.transform import Source
@@ -34,6 +37,7 @@ KINDS: Final = {
 # Of a piece: tens of milliseconds of Spark's to a second of ours; some 0.5 GB of memory at work for a row of 40 bytes.
 PIECE_BYTES: Final = 16 << 20
 PIECE_ROWS: Final = 1 << 18  # of formats that count rows
+ENCODED_BYTES: Final = 64 << 20  # of rows that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,23 @@ def source(path: Path, name: str, split: Literal["train", "test"] | None = None)
 
 def cut(source: Source, schema: Schema) -> list[Piece]:
     """A file's pieces, numbered from 0. Those of a CSV file do not know yet whether they begin in quotation marks."""
+    with _reading(source):
+        return _cut(source, schema)
+
+
+@contextmanager
+def _reading(source: Source) -> Iterator[None]:
+    """ArgumentError if the file cannot be read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, EOFError, OSError, zlib.error) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ArgumentError("input", source.path, f"a {source.kind} file that can be read ({reason})") from error
+
+
+def _cut(source: Source, schema: Schema) -> list[Piece]:
     if source.kind == "parquet":
         return _cut_parquet(source, schema)
     if source.kind == "arrow":
@@ -78,28 +99,29 @@ def cut(source: Source, schema: Schema) -> list[Piece]:
 
 def quotes(piece: Piece) -> int:
     """How many quotation marks are in it."""
-    with open(piece.source.path, "rb") as file:
+    with _reading(piece.source), open(piece.source.path, "rb") as file:
         file.seek(piece.start)
         return file.read(piece.stop - piece.start).count(b'"')
 
 
 def prepare(piece: Piece, schema: Schema, output: Path) -> dict[str, Any]:
     """Write the piece's files under `output`; returns what the manifest shall say of them."""
-    written: dict[str, Any] = {"number": piece.number, "rows": 0, "reasons": Counter()}
-    name = f"part-{piece.number:05d}.arrow"
-    batches: dict[str, list[Any]] = {split: [] for split in shards.SPLITS}
-    bad: list[Any] = []
-    for part in _refined(piece, schema):
-        written["rows"] += part.rows
-        written["reasons"].update(part.bad.column("reason").to_pylist())
-        batches["train"].append(part.train)
-        batches["test"].append(part.test)
-        bad.append(part.bad)
-    for split in shards.SPLITS:
-        done = shards.write(output / split, name, batches[split], schema)
-        written[split] = None if done is None else dataclasses.asdict(done)
-    shards.write_quarantine(output / "private", name, bad)
-    return written
+    rows, reasons = 0, Counter[str]()
+    with shards.SplitWriter(output, f"part-{piece.number:05d}.arrow", schema) as writer:
+        for part in refined(piece, schema):
+            rows += part.rows
+            reasons.update(part.bad.column("reason").to_pylist())
+            writer.add("train", part.train)
+            writer.add("test", part.test)
+            writer.add_bad(part.bad)
+    files = {split: file and dataclasses.asdict(file) for split, file in writer.written().items()}
+    return {"number": piece.number, "rows": rows, "reasons": reasons, **files}
+
+
+def refined(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
+    """What becomes of the piece's rows, as many at a time as may be in memory together."""
+    with _reading(piece.source):
+        yield from _refined(piece, schema)
 
 
 def _refined(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
@@ -120,11 +142,26 @@ def _refined(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
             _, start = csvrows.head(stream, layout) if source.kind == "csv" else (None, 0)  # type: ignore[arg-type]
             stream.seek(start)
             for offset, data in csvrows.blocks(stream, layout, PIECE_BYTES):  # type: ignore[arg-type]
-                yield rows(data, start + offset)
+                for first, part in _parts(data, layout, schema):
+                    yield rows(part, start + offset + first)
     else:
         with open(source.path, "rb") as file:
             data, start = csvrows.piece(file, piece.start, piece.stop, piece.inside, layout)
-        yield rows(data, start)
+        for first, part in _parts(data, layout, schema):
+            yield rows(part, start + first)
+
+
+def _rows_at_once(schema: Schema) -> int:
+    """Rows that may be encoded together: a schema may make a hundred thousand features of a short row."""
+    return max(1, ENCODED_BYTES // (4 * (len(schema.feature_names) + len(schema.coded) + 2)))
+
+
+def _parts(data: bytes, layout: Layout, schema: Schema) -> Iterator[tuple[int, bytes]]:
+    """Rows in parts of about as many as may be encoded together, and where these begin."""
+    parts = -(-data.count(b"\n") // _rows_at_once(schema))
+    if parts <= 1:
+        return iter([(0, data)])
+    return csvrows.blocks(io.BytesIO(data), layout, -(-len(data) // parts))
 
 
 def _head(source: Source, schema: Schema) -> tuple[tuple[str, ...], int]:
@@ -133,8 +170,10 @@ def _head(source: Source, schema: Schema) -> tuple[tuple[str, ...], int]:
         return (), 0
     with gzip.open(source.path) if source.gzipped else open(source.path, "rb") as stream:
         names, start = csvrows.head(stream, schema.layout)  # type: ignore[arg-type]
+        stream.seek(start)
+        is_empty = not stream.read(1)
     if names is None and schema.layout.header:
-        require(start >= source.bytes, "input", source.path, "a CSV file whose first row can be read: it names columns")
+        require(is_empty, "input", source.path, "a CSV file whose first row can be read: it names columns")
         return (), source.bytes
     names = [column.name for column in schema.columns] if names is None else names
     used_columns(names, source.name, schema)
@@ -177,8 +216,9 @@ def _refined_parquet(piece: Piece, schema: Schema) -> Iterator[transform.Refined
     from pyarrow import parquet
 
     opened = parquet.ParquetFile(piece.source.path, memory_map=True)
-    row, groups = piece.first_row, list(range(piece.start, piece.stop))
-    for batch in opened.iter_batches(PIECE_ROWS, groups, [c.name for c in schema.used], use_threads=False):
+    row, groups, at_once = piece.first_row, list(range(piece.start, piece.stop)), _rows_at_once(schema)
+    used = [column.name for column in schema.used]
+    for batch in opened.iter_batches(min(PIECE_ROWS, at_once), groups, used, use_threads=False):
         yield transform.of_columns(batch, piece.source, row, schema)
         row += batch.num_rows
 
@@ -187,9 +227,10 @@ def _refined_arrow(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
     import pyarrow as pa
 
     opened, row = pa.ipc.open_file(pa.memory_map(piece.source.path)), piece.first_row
+    at_once = min(PIECE_ROWS, _rows_at_once(schema))
     for i in range(piece.start, piece.stop):
         batch = opened.get_batch(i).select([column.name for column in schema.used])
-        for first in range(0, batch.num_rows, PIECE_ROWS):
-            part = batch.slice(first, PIECE_ROWS)
+        for first in range(0, batch.num_rows, at_once):
+            part = batch.slice(first, at_once)
             yield transform.of_columns(part, piece.source, row, schema)
             row += part.num_rows

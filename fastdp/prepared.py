@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from pathlib import Path
 from typing import Any
 
@@ -70,25 +69,37 @@ def _columns(path: Path, rows: int, schema: Schema) -> dict[str, list[Tensor]]:
     """The tensors of a file, one for each of its record batches."""
     import pyarrow as pa
 
-    with open(path, "rb") as file:
-        # Private, so that torch may take the pages for writable: nothing that is written there reaches the file.
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    whole = pa.py_buffer(mapped)
     try:
-        opened = pa.ipc.open_file(whole)
-        batches = [opened.get_batch(i) for i in range(opened.num_record_batches)]
-    except pa.ArrowException as error:
-        raise ArgumentError("data", str(path), f"an Arrow file that can be read ({error})") from error
+        return _views(path, rows, schema)
+    except (pa.ArrowException, OSError, RuntimeError, SystemError, UnicodeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ArgumentError("data", str(path), f"an Arrow file that can be read ({reason})") from error
+
+
+def _views(path: Path, rows: int, schema: Schema) -> dict[str, list[Tensor]]:
+    import pyarrow as pa
+
+    # Private, so that torch may take the pages for writable: nothing that is written there reaches the file. And by
+    # torch, which closes the file: Python's mmap holds a descriptor for each, of which a process may have 1,024.
+    mapped = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    whole = pa.py_buffer(mapped.numpy())
+    opened = pa.ipc.open_file(whole)
+    batches = [opened.get_batch(i) for i in range(opened.num_record_batches)]
     layout = shards.layout_of(schema)
-    require(opened.schema.equals(layout), f"columns of {path}", opened.schema.names, f"those of its schema: {layout}")
+    require(
+        opened.schema.equals(layout),
+        f"columns of {path}",
+        str(opened.schema).split("\n"),
+        f"{str(layout).split(chr(10))}",
+    )
     found = sum(batch.num_rows for batch in batches)
     require(found == rows, f"rows of {path}", found, f"{rows}, as the manifest says")
 
     def view(column: pa.Array) -> Tensor:
         values = column.values if pa.types.is_fixed_size_list(column.type) else column
-        kind = values.type.to_pandas_dtype()
-        buffer = values.buffers()[1]
-        flat = np.frombuffer(mapped, kind, len(values), buffer.address - whole.address if len(values) else 0)
-        return torch.from_numpy(flat).view(len(column), -1) if values is not column else torch.from_numpy(flat)
+        kind = torch.from_numpy(np.empty(0, values.type.to_pandas_dtype())).dtype
+        start = values.buffers()[1].address - whole.address if len(values) else 0
+        flat = mapped[start : start + len(values) * kind.itemsize].view(kind)
+        return flat.view(len(column), column.type.list_size) if values is not column else flat
 
     return {field.name: [view(batch.column(field.name)) for batch in batches] for field in layout}

@@ -12,16 +12,20 @@ all ranks of a host share. A record's id is its place in the order of the manife
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import functools
 import hashlib
 import io
 import json
 import os
+import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -40,6 +44,7 @@ SUMMARY: Final = "summary.json"
 SPLITS: Final = ("train", "test")
 FILES: Final = "rows of files of their own"  # an `evaluation`
 FOLDERS: Final = (*SPLITS, "private")
+PARTIALS: Final = {f".{name}.partial" for name in (MANIFEST, SUMMARY)}  # of a run that was killed
 ALIGNMENT: Final = 64
 
 
@@ -53,46 +58,86 @@ class Written:
     sha256: str
 
 
-def write(folder: Path, name: str, batches: Iterable[Batch], schema: Schema) -> Written | None:
-    """A file with a record batch for each of `batches`, there whole or not at all; None, and no file, without rows.
+class Writer:
+    """An open file of record batches."""
+
+    def __init__(self, file: IO[bytes], layout: pa.Schema) -> None:
+        import pyarrow as pa
+
+        self._sums = _Summed(file)
+        self._writer = pa.ipc.new_file(pa.PythonFile(self._sums, "w"), layout)
+        self.rows = 0
+
+    def add(self, batch: pa.RecordBatch, padding: str = "") -> None:
+        if batch.num_rows:
+            self.rows += batch.num_rows
+            self._writer.write_batch(batch, custom_metadata={"padding": padding})
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def written(self, file: str) -> Written | None:
+        return Written(file, self.rows, self._sums.size, self._sums.hash.hexdigest()) if self.rows else None
+
+
+@contextmanager
+def writing(folder: Path, name: str, layout: pa.Schema) -> Iterator[Writer]:
+    """A file that is there whole after the block, or not at all; and none without rows.
 
     Writers of the same name do not disturb each other: what they write is the same, and the last one stays.
     """
-    import pyarrow as pa
-
-    layout, batch_padding = _padded(layout_of(schema))
-    partial = folder / f".{name}.{os.getpid()}.partial"
-    rows = 0
+    partial = folder / f".{name}.{secrets.token_hex(8)}.partial"  # on other hosts are processes of the same number
     try:
-        with open(partial, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
-            sums = _Summed(file)
-            with pa.ipc.new_file(pa.PythonFile(sums, "w"), layout) as writer:
-                for batch in batches:
-                    if len(batch):
-                        rows += len(batch)
-                        writer.write_batch(_arrow(batch, layout), custom_metadata={"padding": batch_padding})
-            if rows:
+        with open(partial, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            writer = Writer(file, layout)
+            yield writer
+            writer.close()
+            if writer.rows:
                 file.flush()
                 os.fsync(file.fileno())
-        if not rows:
-            return None
-        partial.replace(folder / name)
-        sync_folder(folder)
+        if writer.rows:
+            partial.replace(folder / name)
+            sync_folder(folder)
     finally:
         partial.unlink(missing_ok=True)
-    return Written(f"{folder.name}/{name}", rows, sums.size, sums.hash.hexdigest())
 
 
-def write_quarantine(folder: Path, name: str, bad: list[pa.RecordBatch]) -> None:
-    """Rows that cannot be used, as uncompressed Arrow: file, place, reason, column and text of each."""
+class SplitWriter:
+    """A file of each split, and one of the rows that cannot be used, written as their batches come."""
+
+    def __init__(self, folder: Path, name: str, schema: Schema) -> None:
+        self._folder, self._name = folder, name
+        self._layout, self._padding = _padded(layout_of(schema))
+        self._stack = ExitStack()
+
+    def __enter__(self) -> SplitWriter:
+        folder, name = self._folder, self._name
+        self._splits = {s: self._stack.enter_context(writing(folder / s, name, self._layout)) for s in SPLITS}
+        self._bad = self._stack.enter_context(writing(folder / "private", name, quarantine_layout()))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def add(self, split: str, batch: Batch) -> None:
+        if len(batch):
+            self._splits[split].add(_arrow(batch, self._layout), self._padding)
+
+    def add_bad(self, bad: pa.RecordBatch) -> None:
+        """Rows of `quarantine_layout`."""
+        self._bad.add(bad)
+
+    def written(self) -> dict[str, Written | None]:
+        """After the block: what the manifest shall say of each split."""
+        return {split: writer.written(f"{split}/{self._name}") for split, writer in self._splits.items()}
+
+
+def quarantine_layout() -> pa.Schema:
+    """The columns of rows that cannot be used."""
     import pyarrow as pa
 
-    whole = pa.Table.from_batches(bad) if bad else None
-    if whole is not None and whole.num_rows:
-        content = io.BytesIO()
-        with pa.ipc.new_file(content, whole.schema) as writer:
-            writer.write_table(whole)
-        write_whole(folder / name, lambda file: file.write(content.getbuffer()), mode=0o600)
+    texts = [pa.field(name, pa.string()) for name in ("reason", "column")]
+    return pa.schema([("file", pa.string()), ("place", pa.int64()), *texts, ("text", pa.binary())])
 
 
 @dataclass(frozen=True)
@@ -111,11 +156,29 @@ def fingerprint(sources: Iterable[Source]) -> str:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder, made if it is missing, for no other job. ArgumentError if one is at work there."""
+    make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArgumentError("output", str(folder), "a folder that no other job writes at this time") from None
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP):  # network file systems have no locks
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def is_done(folder: Path, origin: Origin) -> bool:
     """Whether the folder holds this table already. ArgumentError if it holds another, or what is not ours."""
     if not folder.exists():
         return False
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()} - PARTIALS
     require(names <= {MANIFEST, SUMMARY, *FOLDERS}, "output", str(folder), "a folder that is empty or does not exist")
     if MANIFEST not in names:
         return False  # a run that was killed: its files are written again
@@ -128,12 +191,13 @@ def is_done(folder: Path, origin: Origin) -> bool:
 
 def begin(folder: Path) -> None:
     """An empty folder; what a run left that was killed is removed, for it may have cut its input in other pieces."""
-    (folder / SUMMARY).unlink(missing_ok=True)
+    for name in (SUMMARY, *PARTIALS):
+        (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:
         make_folder(folder / name)
+        (folder / name).chmod(0o700)  # the sizes of files tell how many rows they have
         for left in (folder / name).glob("*part-*"):
             left.unlink()
-    (folder / "private").chmod(0o700)
 
 
 def finish(folder: Path, schema: Schema, origin: Origin, written: list[dict[str, Any]]) -> None:
@@ -248,7 +312,7 @@ def _padded(fields: pa.Schema) -> tuple[pa.Schema, str]:
         content = pa.py_buffer(file.getvalue())
         opened = pa.ipc.open_file(content)
         columns = [column for i in range(2) for column in opened.get_batch(i).columns]
-        buffers = [buffer for column in columns for buffer in column.buffers() if buffer is not None]
+        buffers = [buffer for column in columns for buffer in column.buffers() if buffer is not None and buffer.size]
         if all((buffer.address - content.address) % ALIGNMENT == 0 for buffer in buffers):
             return layout, between
     raise AssertionError("no padding aligns the files of this pyarrow")

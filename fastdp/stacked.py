@@ -24,7 +24,7 @@ class Stacked:
 
     def __getitem__(self, ids: Tensor) -> Tensor:
         """The rows of these ids, int64 [b], in their order; time and memory for b rows."""
-        if len(self.parts) == 1 and not bool((ids < 0).any()):
+        if len(self.parts) == 1 and (not len(ids) or ids.min() >= 0):
             return self.parts[0][ids]
         if bool((ids[1:] < ids[:-1]).any()):
             order = ids.argsort()

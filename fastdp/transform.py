@@ -75,7 +75,8 @@ def of_columns(batch: pa.RecordBatch, source: Source, first_row: int, schema: Sc
     places = np.arange(first_row, first_row + batch.num_rows)
 
     def texts(rows: npt.NDArray[np.int64]) -> pa.Array:
-        return pa.array([repr(row) for row in batch.take(pa.array(rows)).to_pylist()], pa.binary())
+        # By slices: take() knows no string_view, which polars writes.
+        return pa.array([repr(batch.slice(row, 1).to_pylist()[0]) for row in rows.tolist()], pa.binary())
 
     reasons = np.full(batch.num_rows, Reason.GOOD, np.uint8)
     return _divided(reasons, np.arange(batch.num_rows), whole, places, source, texts, schema)
@@ -117,8 +118,15 @@ def _json_cells(text: bytes, names: list[str]) -> list[str | None] | None:
         cell = members.get(name)
         if cell is not None and not isinstance(cell, (str, int, float)):
             return None
+        if isinstance(cell, str) and not _is_unicode(cell):
+            return None
         found.append(json.dumps(cell) if isinstance(cell, (int, float)) else cell)
     return found
+
+
+def _is_unicode(text: str) -> bool:
+    """Halves of surrogate pairs can be written in JSON, and are no characters."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 @dataclass(frozen=True)
@@ -223,4 +231,4 @@ def mixed(hashed: npt.NDArray[np.uint64], value: npt.NDArray[Any]) -> npt.NDArra
 @functools.cache
 def _nulls_are_no_numbers(layout: Layout) -> bool:
     """Then Arrow's reader may make numbers of texts: it looks for nulls before it takes blanks off."""
-    return layout.strip and not any(map(files.is_number, layout.nulls))
+    return layout.strip and not any(text != text.strip() or files.is_number(text) for text in layout.nulls)

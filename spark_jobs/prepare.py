@@ -51,21 +51,28 @@ SHIPPED: Final = ("errors", "disk", "columns", "schema", "files", "csvrows", "sh
 def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path) -> str:
     """What `main` does; returns a sentence about it."""
     schema = parse_schema(config)
+    user = None if schema.user is None else schema.user.name
+    require(user is None, "type of column", user, "another than user: this version protects rows")
     check_java()
     sources = list_sources(inputs, "input", "train" if test_inputs else None)
-    sources += list_sources(test_inputs, "test_input", "test") if test_inputs else []
+    trained_on = {os.path.realpath(source.path) for source in sources}
+    for source in list_sources(test_inputs, "test_input", "test") if test_inputs else []:
+        again = os.path.realpath(source.path) in trained_on
+        require(not again, "test_input", source.path, "without files that are also input: they are trained on")
+        sources.append(source)
     origin = origin_of(config, sources)
-    if shards.is_done(output, origin):
-        return f"{output} is there already, of the same input and configuration"
-    with session() as spark:
-        write(spark, sources, schema, origin, output)
+    cut = [piece for source in sources for piece in pieces.cut(source, schema)]
+    with shards.locked(output):
+        if shards.is_done(output, origin):
+            return f"{output} is there already, of the same input and configuration"
+        shards.begin(output)
+        with session() as spark:
+            write(spark, cut, schema, origin, output)
     return f"{output} is ready for python -m fastdp.train --data {output}; how many rows it has is in its manifest.json"
 
 
-def write(spark: SparkSession, sources: list[Source], schema: Schema, origin: shards.Origin, output: Path) -> None:
-    """Make the prepared table; see fastdp/shards.py."""
-    cut = [piece for source in sources for piece in pieces.cut(source, schema)]
-    shards.begin(output)
+def write(spark: SparkSession, cut: list[Piece], schema: Schema, origin: shards.Origin, output: Path) -> None:
+    """Make the prepared table of pieces in an empty folder; see fastdp/shards.py."""
     work = [replace(piece, number=number) for number, piece in enumerate(know_quotes(spark, cut, schema))]
     written = distribute(spark, work, lambda piece: pieces.prepare(piece, schema, output), "rows to Arrow")
     shards.finish(output, schema, origin, written)
@@ -101,7 +108,7 @@ def list_sources(inputs: list[str], argument: str, split: Literal["train", "test
 
 def know_quotes(spark: SparkSession, work: list[Piece], schema: Schema) -> list[Piece]:
     """Pieces of CSV files with whether each begins within quotation marks: their numbers before it, added up."""
-    unknown = {piece.source.path for piece in work if piece.inside is not None}
+    unknown = {piece.source.path for piece in work if piece.inside is not None and piece.source.kind == "csv"}
     if not unknown or not schema.layout.quotes:
         return work
     counted = [piece for piece in work if piece.source.path in unknown]
@@ -124,13 +131,20 @@ def distribute(spark: SparkSession, work: list[Piece], function: Callable[[Piece
 
         for batch in batches:
             for number in batch.column(0).to_pylist():
-                result = json.dumps(function(work[number]))
-                yield pa.RecordBatch.from_pydict({"number": [number], "result": [result]})
+                try:
+                    result = {"result": function(work[number])}
+                except ArgumentError as error:  # would be the same again
+                    result = {"error": [error.name, str(error.value), error.bound]}
+                yield pa.RecordBatch.from_pydict({"number": [number], "result": [json.dumps(result)]})
 
     numbers = spark.range(0, len(work), 1, max(1, len(work)))
     with progress(spark, what, len(work)):
         rows = numbers.mapInArrow(run, "number long, result string").collect()
-    return [json.loads(row.result) for row in sorted(rows, key=lambda row: row.number)]
+    results = [json.loads(row.result) for row in sorted(rows, key=lambda row: row.number)]
+    for result in results:
+        if "error" in result:
+            raise ArgumentError(*result["error"])
+    return [result["result"] for result in results]
 
 
 @contextmanager
@@ -158,9 +172,11 @@ def progress(spark: SparkSession, what: str, total: int) -> Iterator[None]:
 @contextmanager
 def session() -> Iterator[SparkSession]:
     """A Spark session that ends with the block, and has what executors need."""
-    from pyspark import SparkConf
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # else the workers are the `python3` of PATH
+    from pyspark import SparkConf, SparkContext
     from pyspark.sql import SparkSession
 
+    SparkContext._ensure_initialized()  # a SparkConf made before knows nothing of spark-submit's options
     conf = SparkConf()
     for key, value in {
         "spark.master": "local[*]",

@@ -1,0 +1,391 @@
+"""The Spark job from raw files to a table that is trained on: against a loop over rows, killed, and on a cluster."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pyspark = pytest.importorskip("pyspark", reason="Spark is not installed: pip install 'fastdp[spark]'")
+if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+    pytest.skip("Spark needs Java", allow_module_level=True)
+
+from test_transform import WRITERS, contract, plain_table  # noqa: E402
+
+from fastdp import pieces, prepared, shards  # noqa: E402
+from fastdp.errors import ArgumentError  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+JOB = ROOT / "spark_jobs" / "prepare.py"
+DATA = Path(os.environ.get("FASTDP_DATA", ""))
+SPARK_HOME = Path(pyspark.__path__[0])
+
+COLUMNS = ["sex", "married", "black", "asian", "collegedegree", "employed", "militaryservice", "uscitizen"]
+COLUMNS += ["disability", "englishability", "blackfemale", "targetted"]
+ORIGINAL = """
+format = 1
+name = "original"
+size_is_public = true
+[file]
+nulls = ["NA"]
+[prepare]
+split_by = "place"
+"""
+for name in COLUMNS:
+    if name in ("blackfemale", "targetted"):
+        ORIGINAL += f'[[column]]\nname = "{name}"\ntype = "ignore"\n'
+    elif name == "employed":
+        ORIGINAL += f'[[column]]\nname = "{name}"\ntype = "label"\nvalues = ["0", "1"]\n'
+    else:
+        ORIGINAL += f'[[column]]\nname = "{name}"\ntype = "boolean"\n'
+
+
+def original_workload(path: Path, rows: int) -> Path:
+    """As shared/peers/make_pums_csv.py writes it: the real rows drawn anew, 12 columns of 0 and 1, some NA."""
+    draw = random.Random(0)
+    with (DATA / "fulton_pums" / "FultonPUMS5full.csv").open() as file:
+        real = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in draw.choices(real, k=rows):
+            row["collegedegree"] = str(int(int(row["educ"]) >= 13))
+            row["blackfemale"] = str(int(row["black"]) * int(row["sex"]))
+            row["targetted"] = str(int(row["sex"] == "0" and row["employed"] == "1"))
+            writer.writerow([
+                "NA" if i < 10 and draw.random() < 0.002 else row[name] for i, name in enumerate(COLUMNS)
+            ])  # fmt: skip
+    return path
+
+
+def row_loop(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    """The seed's loader (shared/peers/preprocess_naive.py): features, labels and the number of rows with NA."""
+    features, labels, bad = [], [], 0
+    with path.open() as file:
+        for row in list(csv.reader(file))[1:]:
+            if "NA" in row[:10]:
+                bad += 1
+                continue
+            features.append([int(v) for v in row[:5] + row[6:-2]])
+            labels.append(int(row[5]))
+    return np.array(features, np.float32), np.array(labels), bad
+
+
+@pytest.fixture(scope="module")
+def job() -> Iterator[Any]:
+    """The job's module, in a Spark session that all tests share; a worker finds the module too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(JOB.parent), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("PYSPARK_SUBMIT_ARGS", "--master local[2] pyspark-shell")
+        patch.syspath_prepend(JOB.parent)
+        import prepare
+
+        with prepare.session() as spark:
+            assert spark.sparkContext.master == "local[2]"
+
+            @contextmanager
+            def shared() -> Iterator[Any]:
+                yield spark
+
+            patch.setattr(prepare, "session", shared)
+            yield prepare
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def rows_of(table: Any, split: str) -> np.ndarray:
+    features, labels = getattr(table, f"{split}_features"), getattr(table, f"{split}_labels")
+    ids = torch.arange(len(labels))
+    return np.column_stack([features[ids].numpy(), labels[ids].numpy()])
+
+
+needs_data = pytest.mark.skipif(not DATA.name, reason="FASTDP_DATA is not set")
+
+
+@needs_data
+def test_the_original_workload_is_what_the_row_loop_makes(job: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """In one piece and in many; again it is done already; two runs give the same bytes."""
+    path = original_workload(tmp_path / "pums.csv", 20_000)
+    features, labels, bad = row_loop(path)
+    job.prepare(ORIGINAL, [str(path)], [], tmp_path / "a")
+    table = prepared.load(tmp_path / "a", verify=True)
+    train, test = rows_of(table, "train"), rows_of(table, "test")
+    whole = np.column_stack([features, labels])
+    assert len(train) + len(test) == len(whole) and abs(len(test) / len(whole) - 0.2) < 0.02
+    order = np.lexsort(whole.T), np.lexsort(np.concatenate([train, test]).T)
+    np.testing.assert_array_equal(np.concatenate([train, test])[order[1]], whole[order[0]])
+    manifest = json.loads((tmp_path / "a" / shards.MANIFEST).read_text())
+    assert manifest["rows"] == {"read": 20_000, "train": len(train), "test": len(test), "bad": {"missing": bad}}
+    # rows keep their order: the training rows are a subsequence of the loop's
+    iterator = iter(map(tuple, whole.tolist()))
+    assert all(row in iterator for row in map(tuple, train.tolist()))
+    before = contents(tmp_path / "a")
+    assert "is there already" in job.prepare(ORIGINAL, [str(path)], [], tmp_path / "a")
+    job.prepare(ORIGINAL, [str(path)], [], tmp_path / "b")
+    assert contents(tmp_path / "a") == before == contents(tmp_path / "b")
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 40_000)
+    job.prepare(ORIGINAL, [str(path)], [], tmp_path / "c")
+    cut = prepared.load(tmp_path / "c", verify=True)
+    assert len(list((tmp_path / "c" / "train").iterdir())) > 5
+    for split, rows in (("train", train), ("test", test)):
+        np.testing.assert_array_equal(rows_of(cut, split), rows)
+
+
+def test_a_folder_of_every_kind_of_file_is_one_table(job: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Under equal names in other folders, with what Spark leaves beside files; and test rows from their own."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3_000)
+    rows = plain_table(600)
+    for i, (name, write) in enumerate(WRITERS.items()):
+        folder = tmp_path / "raw" / f"day={i}"
+        folder.mkdir(parents=True)
+        write(rows[100 * i : 100 * (i + 1)], folder / name)
+        (folder / "_SUCCESS").touch()
+        (folder / f".{name}.crc").write_text("no table")
+    WRITERS["t.csv"](rows, tmp_path / "all.csv")
+    text = contract(test=0.2)
+    job.prepare(text, [str(tmp_path / "raw")], [], tmp_path / "a")
+    job.prepare(text, [str(tmp_path / "all.csv")], [], tmp_path / "b")
+    found, wanted = (prepared.load(tmp_path / n, verify=True) for n in "ab")
+    for split in shards.SPLITS:
+        np.testing.assert_array_equal(rows_of(found, split), rows_of(wanted, split))
+    bad = [json.loads((tmp_path / n / shards.MANIFEST).read_text())["rows"]["bad"] for n in "ab"]
+    assert bad[0] == bad[1] and set(bad[0]) == {"missing", "unknown"}
+    pattern = str(tmp_path / "raw" / "day=[12345]" / "t.*")
+    job.prepare(text, [str(tmp_path / "raw" / "day=0")], [pattern], tmp_path / "c")
+    divided = prepared.load(tmp_path / "c")
+    assert len(divided.train_labels) + len(divided.test_labels) == len(found.train_labels) + len(found.test_labels)
+    assert len(divided.train_labels) <= 100 and shards.FILES in divided.evaluation
+    with pytest.raises(ArgumentError, match=r"input='.*t\.csv': must be of another name"):
+        (tmp_path / "raw" / "t.csv").write_bytes(b"")
+        job.list_sources([str(tmp_path / "raw" / "t.csv"), str(tmp_path / "raw" / "day=0")], "input", None)
+
+
+def test_what_executors_cannot_read_is_told_like_what_the_driver_cannot(job: Any, tmp_path: Path) -> None:
+    path = WRITERS["t.csv.gz"](plain_table(3000), tmp_path / "t.csv.gz")
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ArgumentError, match=r"input='.*t\.csv\.gz': must be a csv file that can be read"):
+        job.prepare(contract(), [str(path)], [], tmp_path / "o")
+    assert not (tmp_path / "o" / shards.MANIFEST).exists()
+    WRITERS["t.csv.gz"](plain_table(30), path)
+    job.prepare(contract(test=0.5), [str(path)], [], tmp_path / "o")
+    assert prepared.load(tmp_path / "o", verify=True)
+    for text, inputs in ((contract(test=0.4), [str(path)]), (contract(test=0.5), [str(path), str(path)])):
+        if text == contract(test=0.5):
+            os.utime(path, ns=(1, 1))
+        with pytest.raises(ArgumentError, match="a new folder: it holds a table of another"):
+            job.prepare(text, inputs, [], tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"config": "none.toml"}, r"config='none.toml': must be a TOML file that exists"),
+        ({"config": "bad.toml"}, r"schema=.*must be TOML"),
+        ({"config": "user.toml"}, r"type of column='who': must be another than user"),
+        ({"input": ["none*.csv"]}, r"input='none\*.csv': must be a file, a folder or a pattern that matches some"),
+        ({"input": ["empty"]}, r"input=\['empty'\]: must be with at least one file"),
+        ({"input": ["s.toml"]}, r"input='s.toml': must be a file that ends in .csv"),
+        ({"input": ["other.csv"]}, r"column 'height' of other.csv='absent'"),
+        ({"test_input": ["empty/../t.csv"]}, r"test_input=.*without files that are also input"),
+        ({"output": "empty/.."}, r"output=.*must be a folder that is empty or does not exist"),
+        ({"JAVA_HOME": "/none"}, r"java='/none': must be Java 17 or newer, .* install openjdk-17-jre-headless"),
+        ({"JAVA_HOME": "old"}, r"java='.*version \"1.8.0.*must be Java 17 or newer"),
+    ],
+)
+def test_mistakes_are_one_line(
+    change: dict[str, Any], message: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """And come before Spark starts, with status 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(JOB.parent)
+    import prepare
+
+    (tmp_path / "s.toml").write_text(contract())
+    (tmp_path / "bad.toml").write_text("format = ")
+    (tmp_path / "user.toml").write_text(contract() + '[[column]]\nname = "who"\ntype = "user"\n')
+    (tmp_path / "other.csv").write_text("age,debt\n1,2\n")
+    (tmp_path / "empty").mkdir()
+    WRITERS["t.csv"](plain_table(5), tmp_path / "t.csv")
+    java = tmp_path / "old" / "bin" / "java"
+    java.parent.mkdir(parents=True)
+    java.write_text("#!/bin/sh\necho 'openjdk version \"1.8.0_402\"' >&2\n")
+    java.chmod(0o755)
+    if "JAVA_HOME" in change:
+        monkeypatch.setenv("JAVA_HOME", change.pop("JAVA_HOME"))
+    given = {"config": "s.toml", "input": ["t.csv"], "test_input": [], "output": "out", **change}
+    given["config"] = Path(given["config"])
+    status = prepare.main(**{**given, "output": Path(given["output"])})
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == "" and captured.err.count("\n") == 1
+    assert re.search(message, captured.err), captured.err
+    assert not (tmp_path / "out").exists()
+
+
+CONFIG = contract(test=0.2)
+MODEL = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self, inputs, outputs, categories):
+        super().__init__()
+        self.town = nn.Embedding(categories[0], 3)
+        self.linear = nn.Linear(inputs + 3, outputs)
+
+    def forward(self, features, codes):
+        return self.linear(torch.cat((features, self.town(codes[:, 0].long())), 1))
+"""
+
+
+@contextmanager
+def started(command: list[str], log: Path, **more: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of ours, ended with its group."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", **more},
+        )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+def until(condition: Any, process: subprocess.Popen[bytes], log: Path, seconds: float = 90) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.03)
+    return found
+
+
+def workers_of(group: int) -> list[int]:
+    """Python processes that Spark has forked to work."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
+            parent = (path.parent / fields[1] / "cmdline").read_bytes()
+        except (OSError, IndexError):
+            continue
+        if int(fields[3]) == group and b"pyspark.daemon" in parent:
+            found.append(int(path.name))
+    return found
+
+
+@contextmanager
+def cluster(folder: Path, poison: Path) -> Iterator[str]:
+    """A standalone master and two workers on this host, of a core each; nobody there can import fastdp."""
+    spark_class = str(SPARK_HOME / "bin" / "spark-class")
+    package = "org.apache.spark.deploy"
+    more = {"PYTHONPATH": str(poison), "SPARK_HOME": str(SPARK_HOME)}
+    host = ["--host", "127.0.0.1", "--port", "0", "--webui-port", "0"]
+    log = folder / "master.log"
+    with started([spark_class, f"{package}.master.Master", *host], log, **more) as master:
+        url = until(lambda: re.search(r"spark://127\.0\.0\.1:\d+", log.read_text()), master, log)[0]
+        command = [spark_class, f"{package}.worker.Worker", *host, "--cores", "1", "--memory", "1g", "--work-dir"]
+        logs = [folder / f"worker{i}.log" for i in range(2)]
+        with (
+            started([*command, str(folder / "w0"), url], logs[0], **more) as first,
+            started([*command, str(folder / "w1"), url], logs[1], **more) as second,
+        ):
+            for worker, log in ((first, logs[0]), (second, logs[1])):
+                until(lambda log=log: "Successfully registered" in log.read_text(), worker, log)
+            yield url
+
+
+def test_a_job_that_is_killed_and_done_again_on_a_cluster(job: Any, tmp_path: Path) -> None:
+    """A worker dies, then all at once; then two workers of a cluster, which have the shipped modules alone, write what
+    this process writes; and two ranks train on it, with an embedding of the codes."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    rows = plain_table(9_000)
+    for i in range(30):
+        WRITERS["t.csv"](rows[300 * i : 300 * (i + 1)], raw / f"t{i:02}.csv")
+    (tmp_path / "s.toml").write_text(CONFIG)
+    arguments = [str(JOB), "--config", str(tmp_path / "s.toml"), "--input", str(raw), "--output", str(out)]
+    log = tmp_path / "log"
+
+    def parts() -> list[Path]:
+        return list(out.glob("train/part-*"))
+
+    with started([sys.executable, *arguments], log) as process:
+        until(lambda: len(parts()) >= 2, process, log)
+        while process.poll() is None:  # one that idles is not missed
+            for worker in workers_of(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+            time.sleep(0.2)
+        assert process.returncode != 0
+    assert not prepared.is_prepared(out) and not (out / shards.SUMMARY).exists()
+    with started([sys.executable, *arguments], log) as process:
+        until(lambda: not parts(), process, log)  # those of the first run go
+        until(lambda: len(parts()) >= 2, process, log)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert not prepared.is_prepared(out) and len(parts()) < 30
+    poison = tmp_path / "poison"
+    (poison / "fastdp").mkdir(parents=True)
+    (poison / "fastdp" / "__init__.py").write_text("raise ImportError('not the modules that were shipped')")
+    with cluster(tmp_path, poison) as url:
+        submit = [str(SPARK_HOME / "bin" / "spark-submit"), "--master", url, *arguments]
+        done = subprocess.run(
+            submit,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={
+                **os.environ,
+                "SPARK_LOCAL_IP": "127.0.0.1",
+                "PYSPARK_PYTHON": sys.executable,
+                "PYTHONPATH": str(ROOT),
+            },
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len([*tmp_path.glob("w[01]/app-*/*/stderr")]) == 2  # both had executors
+    job.prepare(CONFIG, [str(raw)], [], tmp_path / "again")
+    assert contents(out) == contents(tmp_path / "again")
+    assert len(parts()) == 30 and not list(out.rglob(".*"))
+    train(out, tmp_path)
+
+
+def train(table: Path, folder: Path) -> None:
+    (folder / "user_town.py").write_text(MODEL)
+    common = ["--data", str(table), "--model", "user_town:Model", "--epochs", "1", "--batch-size", "512"]
+    common += ["--noise-multiplier", "1", "--accountant", "rdp", "--verify", "--output", str(folder / "run")]
+    done = subprocess.run(
+        ["mpirun", "-n", "2", sys.executable, "-m", "fastdp.train", *common],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])},
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    report = json.loads((folder / "run" / "report.json").read_text())
+    loaded = prepared.load(table)
+    assert report["ranks"] == 2 and report["private"] and report["task"] == "multi-class"
+    assert (report["training_records"], report["evaluation_records"]) == tuple(
+        len(labels) for labels in (loaded.train_labels, loaded.test_labels)
+    )
