@@ -165,9 +165,10 @@ def warm(path: Path, output: Path, rounds: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def measure(
-    path: Path, rows: int, rounds: int = 3, cores: Sequence[int] = (1, 2)
-) -> dict[str, tuple[float, float | None]]:
+Found = dict[str, tuple[float, float | None]]
+
+
+def measure(path: Path, rows: int, rounds: int = 3, cores: Sequence[int] = (1, 2)) -> Found:
     """{what: (seconds, GB or None)}; all of them made the same table, or this raises."""
     found: Found = {}
     start = time.perf_counter()

@@ -204,7 +204,10 @@ def test_a_prepared_table_with_codes(here: Path, capfd: pytest.CaptureFixture[st
     rows = Batch(
         generator.random((200, 3), np.float32), generator.integers(0, 3, (200, 1), np.int32), np.arange(200) % 2
     )
-    files = {split: vars(shards.write(folder / split, "part-0.arrow", [rows], schema)) for split in shards.SPLITS}
+    with shards.SplitWriter(folder, "part-0.arrow", schema) as writer:
+        for split in shards.SPLITS:
+            writer.add(split, rows)
+    files = {split: vars(written) for split, written in writer.written().items()}
     shards.finish(folder, schema, shards.Origin(text, "", {}, "rows"), [{**files, "rows": 400, "reasons": {}}])
     state = leave_run("prepared", "--model", "user_models:Embedded")
     assert Path("run/schema.toml").read_text() == text
