@@ -90,7 +90,7 @@ LAYOUTS = st.builds(Layout, delimiter=st.sampled_from(",;\t"), quotes=st.boolean
 
 
 @given(CSV, LAYOUTS, st.integers(1, 3))
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @example(b'a,"b\nc', Layout(), 2)  # never closed
 @example(b"\xef\xbb\xbfa,b\n", Layout(), 2)
 @example(b"", Layout(), 1)
@@ -101,7 +101,7 @@ def test_rows_and_cells_are_those_of_a_plain_reader(data: bytes, layout: Layout,
 
 
 @given(CSV, LAYOUTS, st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_a_file_that_is_cut_gives_the_same_rows(data: bytes, layout: Layout, draw: st.DataObject) -> None:
     """Each piece takes the rows that begin in it; whether a piece begins within quotation marks is counted before."""
     whole = csvrows.split(data, layout)
