@@ -35,6 +35,9 @@ JOB = ROOT / "spark_jobs" / "prepare.py"
 DATA = Path(os.environ.get("FASTDP_DATA", ""))
 SPARK_HOME = Path(pyspark.__path__[0])
 
+# What runs for seconds is not worth the work of the optimizing compiler, on two cores.
+QUICK = {"JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC", "SPARK_LOCAL_IP": "127.0.0.1"}
+
 COLUMNS = ["sex", "married", "black", "asian", "collegedegree", "employed", "militaryservice", "uscitizen"]
 COLUMNS += ["disability", "englishability", "blackfemale", "targetted"]
 ORIGINAL = """
@@ -91,6 +94,8 @@ def job() -> Iterator[Any]:
     """The job's module, in a Spark session that all tests share; a worker finds the module too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(JOB.parent), str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        for name, value in QUICK.items():
+            patch.setenv(name, value)
         patch.setenv("PYSPARK_SUBMIT_ARGS", "--master local[2] pyspark-shell")
         patch.syspath_prepend(JOB.parent)
         import prepare
@@ -263,7 +268,7 @@ def started(command: list[str], log: Path, **more: str) -> Iterator[subprocess.P
             stdout=file,
             stderr=file,
             start_new_session=True,
-            env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1", **more},
+            env={**os.environ, **QUICK, **more},
         )
     try:
         yield process
@@ -331,7 +336,9 @@ def test_a_job_that_is_killed_and_done_again_on_a_cluster(job: Any, tmp_path: Pa
     def parts() -> list[Path]:
         return list(out.glob("train/part-*"))
 
-    with started([sys.executable, *arguments], log) as process:
+    java = shutil.which("java") or f"{os.environ['JAVA_HOME']}/bin/java"
+    elsewhere = os.pathsep.join([str(Path(java).parent), "/usr/bin", "/bin"])  # `python3` there has no pyarrow
+    with started([sys.executable, *arguments], log, PATH=elsewhere) as process:
         until(lambda: len(parts()) >= 2, process, log)
         while process.poll() is None:  # one that idles is not missed
             for worker in workers_of(process.pid):
@@ -357,7 +364,7 @@ def test_a_job_that_is_killed_and_done_again_on_a_cluster(job: Any, tmp_path: Pa
             timeout=120,
             env={
                 **os.environ,
-                "SPARK_LOCAL_IP": "127.0.0.1",
+                **QUICK,
                 "PYSPARK_PYTHON": sys.executable,
                 "PYTHONPATH": str(ROOT),
             },
