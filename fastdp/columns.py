@@ -142,6 +142,7 @@ class Layout:
     strip: bool = True
     nulls: tuple[str, ...] = ("",)
     quotes: bool = True
+    multiline: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """CSV bytes to rows: where each begins and ends, which cannot be read, and the cells of the others.
 
 Only what is here decides that, so that a file gives the same rows however it is cut into pieces. A row ends with a line
-feed outside quotation marks, or where the file ends; a row without a character is none. A cell may be put in quotation
-marks, which are doubled inside it; one that stands elsewhere, or is not closed, makes its row a bad one, as do a
-carriage return that no line feed follows, bytes that are not UTF-8, and more than `ROW_BYTES`.
+feed, or where the file ends; a row without a character is none. A cell may be put in quotation marks, which are doubled
+inside it; one that stands elsewhere, or is not closed, makes its row a bad one, as do a carriage return that no line
+feed follows, bytes that are not UTF-8, and more than `ROW_BYTES`.
+
+Line feeds within quotation marks end no row if the layout is `multiline`. Then a single stray mark turns the rows after
+it into one: a record may decide about others, which no accountant knows of.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ ROW_BYTES: Final = 1 << 20  # of a row; what is not closed must not fill the mem
 READ_BYTES: Final = 1 << 16
 BOM: Final = b"\xef\xbb\xbf"
 _QUOTE, _LF, _CR = b'"\n\r'
+_NONE: Final = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,20 @@ class Rows:
 def split(data: bytes, layout: Layout) -> Rows:
     """The rows of `data`, which begins with a row."""
     raw = np.frombuffer(data, np.uint8)
-    quotes = _quotes(data, layout)
-    ends = _feeds(raw, quotes, False) + 1
+    ends = _feeds(raw, _enclosing(data, layout), False) + 1
     if len(raw) and (not len(ends) or ends[-1] < len(raw)):
         ends = np.append(ends, len(raw))
     starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
     reasons = np.full(len(ends), Reason.GOOD, np.uint8)
-    reasons[np.searchsorted(ends, _misplaced(raw, quotes, layout), side="right")] = Reason.QUOTES
+    quotes = _quotes(data) if layout.quotes else _NONE
+    number = np.arange(len(quotes)) - np.searchsorted(quotes, starts)[np.searchsorted(ends, quotes, side="right")]
+    reasons[np.searchsorted(ends, _misplaced(raw, quotes, number % 2 == 0, layout), side="right")] = Reason.QUOTES
+    reasons[(np.searchsorted(quotes, ends) - np.searchsorted(quotes, starts)) % 2 == 1] = Reason.QUOTES
     if b"\r" in data:
-        reasons[np.searchsorted(ends, _lone_returns(raw, quotes), side="right")] = Reason.QUOTES
+        returns = _lone_returns(raw)
+        within = np.searchsorted(ends, returns, side="right")
+        outside = (np.searchsorted(quotes, returns) - np.searchsorted(quotes, starts)[within]) % 2 == 0
+        reasons[within[outside]] = Reason.QUOTES
     reasons[ends - starts > ROW_BYTES] = Reason.LONG
     empty = (raw[starts] == _LF) | ((ends - starts == 2) & (raw[starts] == _CR) & (raw[ends - 1] == _LF))
     if empty.any():
@@ -103,7 +112,7 @@ def cells(rows: Rows, names: list[str], used: dict[str, pa.DataType], layout: La
         pa.csv.ParseOptions(
             delimiter=layout.delimiter,
             quote_char='"' if layout.quotes else False,
-            newlines_in_values=layout.quotes,
+            newlines_in_values=layout.quotes and layout.multiline,
             invalid_row_handler=skip,
         ),
         pa.csv.ConvertOptions(
@@ -128,14 +137,14 @@ def piece(file: IO[bytes], start: int, stop: int, inside: bool | None, layout: L
     file.seek(start - before)
     data, first = file.read(stop - start + before), start
     if inside is not None:
-        inside ^= len(_quotes(data[:before], layout)) == 1
+        inside ^= len(_enclosing(data[:before], layout)) == 1
         after = _after_feed(data, inside, layout)
         if after is None or after >= len(data):
             return b"", stop
         data, first = data[after:], start - before + after
-    while data and (len(_quotes(data, layout)) % 2 or not data.endswith(b"\n")):
+    while data and (len(_enclosing(data, layout)) % 2 or not data.endswith(b"\n")):
         more = file.read(READ_BYTES)
-        after = _after_feed(more, len(_quotes(data, layout)) % 2 == 1, layout)
+        after = _after_feed(more, len(_enclosing(data, layout)) % 2 == 1, layout)
         data += more[:after]
         if after is not None or not more or len(data) > stop - start + ROW_BYTES:
             break
@@ -150,18 +159,18 @@ def blocks(stream: IO[bytes], layout: Layout, size: int) -> Iterator[tuple[int, 
     offset, carry = 0, b""
     while chunk := stream.read(size):
         data = carry + chunk
-        feeds = _feeds(np.frombuffer(data, np.uint8), _quotes(data, layout), False)
+        feeds = _feeds(np.frombuffer(data, np.uint8), _enclosing(data, layout), False)
         cut = int(feeds[-1]) + 1 if len(feeds) else 0
         if cut:
             yield offset, data[:cut]
         offset, carry = offset + cut, data[cut:]
         if len(carry) > ROW_BYTES:
             yield offset, carry[: ROW_BYTES + 1]
-            inside, after = len(_quotes(carry, layout)) % 2 == 1, None
+            inside, after = len(_enclosing(carry, layout)) % 2 == 1, None
             offset += len(carry)
             while after is None and (chunk := stream.read(READ_BYTES)):
                 after = _after_feed(chunk, inside, layout)
-                inside ^= len(_quotes(chunk, layout)) % 2 == 1
+                inside ^= len(_enclosing(chunk, layout)) % 2 == 1
                 offset += len(chunk) if after is None else after
             carry = b"" if after is None else chunk[after:]
     if carry:
@@ -192,14 +201,17 @@ def head(stream: IO[bytes], layout: Layout) -> tuple[list[str] | None, int]:
 
 
 def _after_feed(data: bytes, inside: bool, layout: Layout) -> int | None:
-    feeds = _feeds(np.frombuffer(data, np.uint8), _quotes(data, layout), inside)
+    feeds = _feeds(np.frombuffer(data, np.uint8), _enclosing(data, layout), inside)
     return int(feeds[0]) + 1 if len(feeds) else None
 
 
-def _quotes(data: bytes, layout: Layout) -> npt.NDArray[np.int64]:
-    if not layout.quotes or b'"' not in data:
-        return np.zeros(0, np.int64)
-    return np.flatnonzero(np.frombuffer(data, np.uint8) == _QUOTE)
+def _quotes(data: bytes) -> npt.NDArray[np.int64]:
+    return np.flatnonzero(np.frombuffer(data, np.uint8) == _QUOTE) if b'"' in data else _NONE
+
+
+def _enclosing(data: bytes, layout: Layout) -> npt.NDArray[np.int64]:
+    """Quotation marks between which line feeds end no row."""
+    return _quotes(data) if layout.quotes and layout.multiline else _NONE
 
 
 def _feeds(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], inside: bool) -> npt.NDArray[np.int64]:
@@ -208,21 +220,22 @@ def _feeds(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], inside: bo
     return feeds[(np.searchsorted(quotes, feeds) + inside) % 2 == 0] if len(quotes) or inside else feeds
 
 
-def _misplaced(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], layout: Layout) -> npt.NDArray[np.int64]:
-    """Quotation marks that neither begin nor end a cell nor are one of a pair; one of each that is not closed."""
+def _misplaced(
+    raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], opens: npt.NDArray[np.bool_], layout: Layout
+) -> npt.NDArray[np.int64]:
+    """Quotation marks that neither begin nor end a cell nor are one of a pair."""
     padded = np.concatenate(([_LF], raw, [_LF, _LF])) if len(quotes) else raw
     delimiter = ord(layout.delimiter)
-    opening, closing = quotes[0::2], quotes[1::2]
+    opening, closing = quotes[opens], quotes[~opens]
     before, after, second = padded[opening], padded[closing + 2], padded[closing + 3]
     begins = (before == delimiter) | (before == _LF) | (before == _QUOTE)
     ends = (after == delimiter) | (after == _LF) | (after == _QUOTE) | ((after == _CR) & (second == _LF))
-    return np.concatenate((opening[~begins], closing[~ends], opening[len(closing) :]))
+    return np.concatenate((opening[~begins], closing[~ends]))
 
 
-def _lone_returns(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Carriage returns outside quotation marks that no line feed follows: Arrow would end the row there."""
+def _lone_returns(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Carriage returns that no line feed follows: outside quotation marks, Arrow would end the row there."""
     returns = np.flatnonzero(raw == _CR)
-    returns = returns[np.searchsorted(quotes, returns) % 2 == 0]
     lone: npt.NDArray[np.int64] = returns[np.append(raw, 0)[returns + 1] != _LF]
     return lone
 

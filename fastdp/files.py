@@ -280,7 +280,7 @@ def _open_csv(file: Path, schema: Schema) -> Opened:
             parse_options=csv.ParseOptions(
                 delimiter=layout.delimiter,
                 quote_char='"' if layout.quotes else False,
-                newlines_in_values=layout.quotes,
+                newlines_in_values=layout.quotes and layout.multiline,
             ),
             convert_options=csv.ConvertOptions(strings_can_be_null=False, **convert),
         )

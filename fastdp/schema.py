@@ -15,6 +15,8 @@ encoding of a row depends on that row alone and costs no privacy (P11). datasets
     strip = true                    # blanks around texts do not count
     nulls = [""]                    # texts that mean "missing", like nulls, unless a vocabulary has them
     quotes = true                   # CSV: quotation marks enclose cells; false: they are characters like others
+    multiline = false               # CSV: cells in quotation marks may hold line feeds. Then a stray mark swallows the
+                                    # rows after it, so that one record decides about others
 
     [[column]]                      # one per column of the file, under its name
     name = "age"
@@ -115,16 +117,17 @@ def parse_schema(text: str) -> Schema:
 
 def _parse_layout(fields: Any) -> Layout:
     require(isinstance(fields, dict), "file", fields, "a [file] table")
-    _only(fields, "file", {"header", "delimiter", "comment", "strip", "nulls", "quotes"})
+    _only(fields, "file", {"header", "delimiter", "comment", "strip", "nulls", "quotes", "multiline"})
     header, strip, quotes = (fields.get(key, True) for key in ("header", "strip", "quotes"))
-    for key, value in (("header", header), ("strip", strip), ("quotes", quotes)):
+    multiline = fields.get("multiline", False)
+    for key, value in (("header", header), ("strip", strip), ("quotes", quotes), ("multiline", multiline)):
         require(isinstance(value, bool), f"file.{key}", value, "true or false")
     delimiter, comment, nulls = fields.get("delimiter", ","), fields.get("comment", ""), fields.get("nulls", [""])
     one = isinstance(delimiter, str) and len(delimiter.encode()) == 1 and delimiter not in '"\r\n'
     require(one, "file.delimiter", delimiter, "one ASCII character, not a quotation mark or a line's end")
     require(isinstance(comment, str), "file.comment", comment, "a text")
     require(isinstance(nulls, list) and all(isinstance(n, str) for n in nulls), "file.nulls", nulls, "a list of texts")
-    return Layout(header, delimiter, comment, strip, tuple(nulls), quotes)
+    return Layout(header, delimiter, comment, strip, tuple(nulls), quotes, multiline)
 
 
 def _parse_preparation(fields: Any, users: list[str]) -> Preparation:

@@ -109,7 +109,7 @@ def list_sources(inputs: list[str], argument: str, split: Literal["train", "test
 def know_quotes(spark: SparkSession, work: list[Piece], schema: Schema) -> list[Piece]:
     """Pieces of CSV files with whether each begins within quotation marks: their numbers before it, added up."""
     unknown = {piece.source.path for piece in work if piece.inside is not None and piece.source.kind == "csv"}
-    if not unknown or not schema.layout.quotes:
+    if not unknown or not (schema.layout.quotes and schema.layout.multiline):
         return work
     counted = [piece for piece in work if piece.source.path in unknown]
     counts = iter(distribute(spark, counted, pieces.quotes, "quotation marks"))

@@ -31,6 +31,7 @@ CONTRACT = """
 format = 1
 name = "people"
 [file]
+multiline = true
 nulls = NULLS
 strip = STRIP
 [[column]]
