@@ -59,13 +59,25 @@ class Column:
     values: tuple[str, ...] = ()  # categories, or the first spelling of each class
     spellings: Mapping[str, int] | None = None  # what may stand in the raw file -> code
     other: int | None = None  # code that stands for a text outside the vocabulary
-    missing: float | None = None  # number or code that stands for a missing cell; NaN: an indicator of its own
+    missing: float | None = None  # number or code that stands for a missing cell; NaN or -1: `fill` says what does
+    fill: Literal["declared", "indicator", "mean", "mode"] = "declared"  # indicator: a feature of its own
     is_code: bool = False  # a category without features: its code goes to the model
+    standardize: bool = False  # the scaled number less its mean, divided by its deviation
+    mean: float | None = None  # of scaled numbers, in [0, 1]; with the next two, the statistics of a column
+    deviation: float | None = None  # of scaled numbers
+    mode: int | None = None  # the most frequent code
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Which it needs."""
+        if self.standardize:
+            return ("mean", "deviation")
+        return (self.fill,) if self.fill in ("mean", "mode") else ()
 
     @property
     def has_indicator(self) -> bool:
-        """Whether missing cells are NaN after parsing, and have a feature of their own."""
-        return self.missing is not None and math.isnan(self.missing)
+        """Whether missing cells have a feature of their own."""
+        return self.fill == "indicator"
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -83,11 +95,17 @@ class Column:
         return (*names, f"{self.name} is missing") if self.has_indicator else names
 
     def check(self, cells: Array) -> Array:
-        """`cells` [n] unchanged if they are codes of the vocabulary, or finite numbers (NaN where that means missing).
+        """`cells` [n] if they are codes of the vocabulary, or finite numbers (NaN where an indicator tells of it).
+
+        Missing ones that parsing left to a statistic are filled in.
 
         Raises:
             CellError: naming column, row (from 0) and value of the first other cell.
         """
+        if self.fill == "mean" and self.mean is not None:
+            cells = np.where(np.isnan(cells), self.unscaled(np.float64(self.mean)), cells)
+        if self.fill == "mode" and self.mode is not None:
+            cells = np.where(cells == -1, self.mode, cells)
         if self.spellings is None:
             bad, bound = ~np.isfinite(cells), "a finite number"
             if self.has_indicator:
@@ -114,7 +132,7 @@ class Column:
     def encode(self, cells: Array, out: npt.NDArray[np.float32]) -> None:
         """Write the features of `cells` [n], codes or numbers, into zeros `out` float32 [n, len(feature_names)]."""
         rows: Array = np.arange(len(cells))
-        self.check(cells)
+        cells = self.check(cells)
         if self.type == "boolean":
             out[:, 0] = cells
             return
@@ -126,7 +144,11 @@ class Column:
             out[missing, -1] = 1
             rows, cells = rows[~missing], cells[~missing]
         if self.scale != "none":
-            out[rows, 0] = self.scaled(cells)
+            scaled = self.scaled(cells)
+            if self.standardize:
+                assert self.mean is not None and self.deviation is not None
+                scaled = (scaled - self.mean) / self.deviation
+            out[rows, 0] = scaled
         if self.bins:
             # Values outside the bounds need no clamping here: the edges lie inside.
             out[rows, (self.scale != "none") + np.searchsorted(self.bins, cells, side="right")] = 1
@@ -168,6 +190,8 @@ class Preparation:
     key: str = "fastdp"
     split_by: Literal["content", "place"] = "content"
     records_per_user: int = 1
+    statistics: Literal["declared", "dp", "non-private"] = "declared"
+    noise_multiplier: float = 0.0  # of "dp"
 
 
 @dataclass(frozen=True)
@@ -196,6 +220,19 @@ class Schema:
     def user(self) -> Column | None:
         """Whose record a row is, if that is declared."""
         return next((column for column in self.columns if column.type == "user"), None)
+
+    @property
+    def unit(self) -> Literal["row", "user", "record"]:
+        """What epsilon protects; "record": one of several of a user."""
+        if self.user is None:
+            return "row"
+        return "user" if self.preparation.records_per_user == 1 else "record"
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Columns whose statistics are not declared."""
+        columns = (c.name for c in self.columns if any(getattr(c, what) is None for what in c.statistics))
+        return tuple(columns)
 
     @property
     def label(self) -> Column:

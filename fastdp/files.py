@@ -116,6 +116,27 @@ def parse(column: Column, cells: pa.Array, layout: Layout) -> tuple[Array, Array
     return values, reasons
 
 
+def users(column: Column, cells: pa.Array, layout: Layout) -> tuple[pa.Array, Array]:
+    """A batch of a column that says whose row it is, as binary [n], and reasons uint8 [n]; numbers as their digits.
+
+    Raises ArgumentError if the column's type does not tell users from each other.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(cells.type):
+        cells = cells.dictionary_decode()
+    texts = str(cells.type) in ("string", "large_string", "string_view", "null")
+    exact = texts or pa.types.is_integer(cells.type)
+    require(exact, f"type of column {column.name!r}", str(cells.type), "texts or integers")
+    cells = cells.cast(pa.string())
+    if layout.strip:
+        cells = pc.utf8_trim_whitespace(cells)
+    missing = pc.or_kleene(cells.is_null(), pc.is_in(cells, value_set=pa.array(layout.nulls, pa.string())))
+    reasons = np.where(missing.to_numpy(zero_copy_only=False), Reason.MISSING, Reason.GOOD).astype(np.uint8)
+    return cells.cast(pa.binary()), reasons
+
+
 def _codes(column: Column, texts: pa.Array, layout: Layout) -> tuple[Array, Array, Array]:
     """Codes, which are missing, reasons."""
     import pyarrow as pa

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from fastdp import csvrows, shards, transform
+from fastdp import csvrows, shards, statistics, transform, users
 from fastdp.columns import Layout, Schema
 from fastdp.errors import ArgumentError, require
 from fastdp.files import used_columns
 from fastdp.transform import Source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 KINDS: Final = {
     ".csv": "csv",
@@ -37,7 +41,6 @@ KINDS: Final = {
 # Of a piece: tens of milliseconds of Spark's to a second of ours; some 0.5 GB of memory at work for a row of 40 bytes.
 PIECE_BYTES: Final = 16 << 20
 PIECE_ROWS: Final = 1 << 18  # of formats that count rows
-ENCODED_BYTES: Final = 64 << 20  # of rows that are encoded at once
 
 
 @dataclass(frozen=True)
@@ -107,15 +110,36 @@ def quotes(piece: Piece) -> int:
 def prepare(piece: Piece, schema: Schema, output: Path) -> dict[str, Any]:
     """Write the piece's files under `output`; returns what the manifest shall say of them."""
     rows, reasons = 0, Counter[str]()
-    with shards.SplitWriter(output, f"part-{piece.number:05d}.arrow", schema) as writer:
+    with _writer(piece, schema, output) as writer:
         for part in refined(piece, schema):
             rows += part.rows
             reasons.update(part.bad.column("reason").to_pylist())
             writer.add("train", part.train)
             writer.add("test", part.test)
             writer.add_bad(part.bad)
-    files = {split: file and dataclasses.asdict(file) for split, file in writer.written().items()}
-    return {"number": piece.number, "rows": rows, "reasons": reasons, **files}
+    return {"rows": rows, "reasons": reasons, **writer.written()}
+
+
+def _writer(piece: Piece, schema: Schema, output: Path) -> shards.SplitWriter:
+    return shards.SplitWriter(output, f"part-{piece.number:05d}.arrow", schema)
+
+
+def records(piece: Piece, schema: Schema, output: Path) -> Iterator[pa.RecordBatch]:
+    """The piece's rows as users.RECORDS, and what became of the others, which are written, as a result."""
+    rows, reasons = 0, Counter[str]()
+    with _writer(piece, schema, output) as writer:
+        for part in refined(piece, schema):
+            rows += part.rows
+            reasons.update(part.bad.column("reason").to_pylist())
+            yield users.records(part)
+            writer.add_bad(part.bad)
+    yield users.result(users.RECORDS, json.dumps({"result": {"rows": rows, "reasons": reasons}}))
+
+
+def sums(piece: Piece, schema: Schema) -> statistics.Sums:
+    """Of the piece's training rows."""
+    training = (transform.chosen(part.values, ~part.held_out) for part in refined(piece, schema))
+    return statistics.added(statistics.sums(values, schema) for values in training)
 
 
 def refined(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
@@ -151,14 +175,9 @@ def _refined(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
             yield rows(part, start + first)
 
 
-def _rows_at_once(schema: Schema) -> int:
-    """Rows that may be encoded together: a schema may make a hundred thousand features of a short row."""
-    return max(1, ENCODED_BYTES // (4 * (len(schema.feature_names) + len(schema.coded) + 2)))
-
-
 def _parts(data: bytes, layout: Layout, schema: Schema) -> Iterator[tuple[int, bytes]]:
     """Rows in parts of about as many as may be encoded together, and where these begin."""
-    parts = -(-data.count(b"\n") // _rows_at_once(schema))
+    parts = -(-data.count(b"\n") // shards.rows_at_once(schema))
     if parts <= 1:
         return iter([(0, data)])
     return csvrows.blocks(io.BytesIO(data), layout, -(-len(data) // parts))
@@ -216,7 +235,7 @@ def _refined_parquet(piece: Piece, schema: Schema) -> Iterator[transform.Refined
     from pyarrow import parquet
 
     opened = parquet.ParquetFile(piece.source.path, memory_map=True)
-    row, groups, at_once = piece.first_row, list(range(piece.start, piece.stop)), _rows_at_once(schema)
+    row, groups, at_once = piece.first_row, list(range(piece.start, piece.stop)), shards.rows_at_once(schema)
     used = [column.name for column in schema.used]
     for batch in opened.iter_batches(min(PIECE_ROWS, at_once), groups, used, use_threads=False):
         yield transform.of_columns(batch, piece.source, row, schema)
@@ -227,7 +246,7 @@ def _refined_arrow(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
     import pyarrow as pa
 
     opened, row = pa.ipc.open_file(pa.memory_map(piece.source.path)), piece.first_row
-    at_once = min(PIECE_ROWS, _rows_at_once(schema))
+    at_once = min(PIECE_ROWS, shards.rows_at_once(schema))
     for i in range(piece.start, piece.stop):
         batch = opened.get_batch(i).select([column.name for column in schema.used])
         for first in range(0, batch.num_rows, at_once):

@@ -29,10 +29,22 @@ def load(path: Path, verify: bool = False) -> Table:
     """
     manifest = shards.read_manifest(path)
     shards.check_files(path, manifest, sums=verify)
-    schema = parse_schema(manifest["config"])
+    text = shards.contract(manifest)
+    schema = parse_schema(text)
     train, test = (_split(path, manifest["files"][split], schema) for split in shards.SPLITS)
     require(len(test["label"]) > 0, "data", str(path), "a table with test rows: see [prepare] test, and --test-input")
     assumptions = ["bounds, vocabularies and fill values are those of the prepared table's schema, taken to be public"]
+    if schema.unit == "user":
+        assumptions.append("a user is protected: the table has one record of each")
+    elif schema.unit == "record":
+        most = schema.preparation.records_per_user
+        assumptions.append(f"record-level: epsilon protects one record, not a user, who may have {most} in the table")
+    released = manifest["statistics"]
+    if released is not None and released["dp"]:
+        noise = released["noise_multiplier"]
+        assumptions.append(f"epsilon includes the table's own statistics, released with noise multiplier {noise:g}")
+    elif released is not None:
+        assumptions.append("NOT PRIVATE: the features were made with statistics of the records, without noise")
     if manifest["evaluation"] != shards.FILES:
         assumptions.append(f"the {manifest['evaluation']} are not trained on and not protected by epsilon")
     return Table(
@@ -51,7 +63,9 @@ def load(path: Path, verify: bool = False) -> Table:
         test_categories=test.get("categories"),
         category_sizes=tuple(len(column.values) for column in schema.coded),
         digest=manifest["sha256"],
-        schema=manifest["config"],
+        schema=text,
+        unit=schema.unit,
+        prior={} if released is None else {(released["noise_multiplier"] if released["dp"] else 0.0, 1.0): 1},
     )
 
 

@@ -36,6 +36,10 @@ def load_table(options: Options) -> data.Table:
     data.check(table)
     n = len(table.train_labels)
     require(1 <= options.batch_size <= n, "batch_size", options.batch_size, f"in [1, {n}], the training records")
+    not_private = any(sigma == 0 for sigma, _ in table.prior)
+    given = options.noise_multiplier is not None
+    bound = f"given: no epsilon can be reached, since statistics in {options.data} have no noise"
+    require(given or not not_private, "noise_multiplier", None, bound)
     return table
 
 
@@ -106,7 +110,7 @@ def make_run(options: Options, comm: Communicator, table: data.Table, path: Path
     else:
         torch.manual_seed(options.seed)
     model = build_model(options.model, table.train_features.shape[1:], table.outputs, table.category_sizes)
-    engine = fastdp.PrivacyEngine(options.accountant, options.seed, path / folder.LEDGER)
+    engine = fastdp.PrivacyEngine(options.accountant, options.seed, path / folder.LEDGER, prior=table.prior)
     momentum = {"momentum": options.momentum} if options.optimizer == "sgd" else {}
     optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.learning_rate, **momentum)
     common: dict[str, Any] = {
@@ -272,6 +276,7 @@ def summarise(run: Run, last: dict[str, float], seconds_per_step: float) -> dict
         "ranks": run.comm.size,
         "all_reduce": run.comm.algorithm if run.comm.size > 1 else None,
         "accountant": options.accountant,
+        "privacy_unit": table.unit,
         "private": run.is_private,
         "assumptions": run.assumptions,
         "evaluation": metrics.describe(shown, table.evaluation, table.target),

@@ -24,13 +24,15 @@ encoding of a row depends on that row alone and costs no privacy (P11). datasets
     bounds = [18, 90]               # values outside are clamped
     scale = "linear"                # maps bounds to [0, 1]; "log": so for log(1 + value - low); "none": bins only
     bins = [30, 60]                 # k edges, k + 1 indicator features: value < 30, 30 <= value < 60, value >= 60
-    missing = 40                    # stands for a missing value; "indicator": a feature of its own, the others are 0
+    missing = 40                    # stands for a missing value; "indicator": a feature of its own, the others are 0;
+                                    # "mean": see [statistics]
+    standardize = false             # true: what `scale` gives, less its mean and divided by its deviation
 
     [[column]]
     name = "job"
     type = "category"               # texts, integers or booleans, as texts: "1", "true"
     values = ["clerk", ["none", "?"]]   # one indicator feature each; a list holds spellings of one value
-    missing = "none"                # one of the values
+    missing = "none"                # one of the values; or "mode", the most frequent one: see [statistics]
     other = "none"                  # the value, or one more, that texts outside the vocabulary count as
     encode = "one-hot"              # "code": no feature, but a column of `categories`, for models that embed it
 
@@ -61,13 +63,27 @@ encoding of a row depends on that row alone and costs no privacy (P11). datasets
     split_by = "content"            # hash of what the row holds: no row then decides about another, and equal rows go
                                     # together. "place": of the file's name and the row's place in it, for tables with
                                     # few different rows; neighbouring tables are then those in which one row is blank
-    # records_per_user = 1          # with a column of type "user", by which rows then are held out, too
+    # records_per_user = 1          # with a column of type "user", which then decides what is held out: rows of a user
+                                    # that are kept, by a hash of what they hold
+    # privacy_unit = "user"         # what epsilon protects; "record" must be said if several of a user are kept
+    stats = "declared"              # where [statistics] come from that are not declared: "dp": from the training rows,
+                                    # with Gaussian noise, which is part of every epsilon; "non-private": without noise,
+                                    # and there is no epsilon
+    # noise_multiplier = 20         # for "dp": the noise's standard deviation over the sensitivity of all sums together
+
+    # [statistics.age]              # for `missing = "mean"` and `standardize`: of the numbers scaled to [0, 1]
+    # mean = 0.3
+    # deviation = 0.2
+
+    # [statistics.job]              # for `missing = "mode"`
+    # mode = "clerk"
 
 A missing value without `missing`, and always in a label or target, is an error, as is a column that is not declared.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import sys
@@ -94,7 +110,8 @@ def parse_schema(text: str) -> Schema:
     except tomllib.TOMLDecodeError as error:
         raise ArgumentError("schema", " ".join(str(error).split()), "TOML") from None
     require(document.get("format") == 1, "format", document.get("format"), "1, the format that this version reads")
-    _only(document, "schema", {"format", "name", "title", "size_is_public", "file", "column", "prepare"})
+    known = {"format", "name", "title", "size_is_public", "file", "column", "prepare", "statistics"}
+    _only(document, "schema", known)
     name: Any = document.get("name")
     require(isinstance(name, str) and name != "", "name", name, "a name for the table")
     size_is_public: Any = document.get("size_is_public", False)
@@ -106,11 +123,15 @@ def parse_schema(text: str) -> Schema:
     columns = tuple(_parse_column(fields, layout) for fields in tables)
     names = [column.name for column in columns]
     require(len(set(names)) == len(names), "column", names, "of different names")
+    columns = _with_statistics(columns, document.get("statistics", {}))
     labels = [column.name for column in columns if column.type in ("label", "target")]
     require(len(labels) == 1, "label", labels, "exactly one column of type label or target")
     users = [column.name for column in columns if column.type == "user"]
     require(len(users) <= 1, "user", users, "at most one column")
-    schema = Schema(name, size_is_public, columns, layout, _parse_preparation(document.get("prepare", {}), users))
+    preparation = _parse_preparation(document.get("prepare", {}), users)
+    schema = Schema(name, size_is_public, columns, layout, preparation)
+    declared = not schema.unknown or preparation.statistics != "declared"
+    require(declared, "prepare.stats", "declared", f"'dp' or 'non-private', or [statistics] with {schema.unknown}")
     require(len(schema.feature_names) + len(schema.coded) > 0, "column", names, "such that there is a feature")
     return schema
 
@@ -132,21 +153,62 @@ def _parse_layout(fields: Any) -> Layout:
 
 def _parse_preparation(fields: Any, users: list[str]) -> Preparation:
     require(isinstance(fields, dict), "prepare", fields, "a [prepare] table")
-    _only(fields, "prepare", {"test", "key", "split_by", "records_per_user"})
-    test, key, count = fields.get("test", 0.2), fields.get("key", "fastdp"), fields.get("records_per_user")
+    known = {"test", "key", "split_by", "records_per_user", "privacy_unit", "stats", "noise_multiplier"}
+    _only(fields, "prepare", known)
+    test, key = fields.get("test", 0.2), fields.get("key", "fastdp")
     require(_is_number(test) and 0 <= test < 1, "prepare.test", test, "in [0, 1)")
     require(isinstance(key, str) and key != "", "prepare.key", key, "a text")
     split_by: Any = fields.get("split_by", "content")
     require(split_by in ("content", "place"), "prepare.split_by", split_by, "'content' or 'place'")
-    if count is not None:
-        whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-        require(whole, "prepare.records_per_user", count, "an integer >= 1")
-        require(bool(users), "prepare.records_per_user", count, "absent: no column has the type user")
-    return Preparation(float(test), key, split_by, 1 if count is None else count)
+    count: Any = _parse_unit(fields, users)
+    stats, noise = fields.get("stats", "declared"), fields.get("noise_multiplier")
+    require(stats in ("declared", "dp", "non-private"), "prepare.stats", stats, "'declared', 'dp' or 'non-private'")
+    if stats == "dp":
+        require(_is_number(noise) and 0.1 <= noise <= 1e6, "prepare.noise_multiplier", noise, "in [0.1, 1e6]")
+    else:
+        require(noise is None, "prepare.noise_multiplier", noise, "absent unless stats = 'dp'")
+    return Preparation(float(test), key, split_by, count, stats, 0.0 if noise is None else float(noise))
+
+
+def _parse_unit(fields: Mapping[str, Any], users: list[str]) -> int:
+    """Records that are kept of a user."""
+    count, unit = fields.get("records_per_user"), fields.get("privacy_unit")
+    for name, value in (("records_per_user", count), ("privacy_unit", unit)):
+        require(value is None or bool(users), f"prepare.{name}", value, "absent: no column has the type user")
+    count, unit = 1 if count is None else count, "user" if unit is None else unit
+    whole = isinstance(count, int) and not isinstance(count, bool) and 1 <= count < 2**31
+    require(whole, "prepare.records_per_user", count, "an integer >= 1")
+    expected = "user" if count == 1 else "record"
+    bound = f"{expected!r}: with records_per_user = {count}, epsilon protects one {expected}"
+    require(unit == expected, "prepare.privacy_unit", unit, bound)
+    return int(count)
+
+
+def _with_statistics(columns: tuple[Column, ...], tables: Any) -> tuple[Column, ...]:
+    require(isinstance(tables, dict), "statistics", tables, "[statistics.COLUMN] tables")
+    unused = sorted(set(tables) - {column.name for column in columns if column.statistics})
+    require(not unused, "statistics", unused, "of columns that use them only")
+    return tuple(_with_its_own(column, tables[column.name]) if column.name in tables else column for column in columns)
+
+
+def _with_its_own(column: Column, fields: Any) -> Column:
+    where = f"statistics.{column.name}"
+    require(isinstance(fields, dict), where, fields, "a table")
+    _only(fields, where, set(column.statistics))
+    mean, deviation, mode = (fields.get(name) for name in ("mean", "deviation", "mode"))
+    if column.spellings is not None:
+        known = isinstance(mode, str) and mode in column.spellings
+        require(known, f"{where}.mode", mode, "one of the column's values")
+        return dataclasses.replace(column, mode=column.spellings[str(mode)])
+    require(_is_number(mean) and 0 <= mean <= 1, f"{where}.mean", mean, "in [0, 1]")
+    if not column.standardize:
+        return dataclasses.replace(column, mean=float(mean))
+    require(_is_number(deviation) and 1e-6 <= deviation <= 1, f"{where}.deviation", deviation, "in [1e-6, 1]")
+    return dataclasses.replace(column, mean=float(mean), deviation=float(deviation))
 
 
 _FIELDS: Final[Mapping[str, frozenset[str]]] = {
-    "number": frozenset({"bounds", "scale", "bins", "missing"}),
+    "number": frozenset({"bounds", "scale", "bins", "missing", "standardize"}),
     "category": frozenset({"values", "missing", "other", "encode"}),
     "boolean": frozenset({"values", "missing"}),
     "label": frozenset({"values"}),
@@ -181,12 +243,22 @@ def _parse_number(name: str, kind: Any, fields: Mapping[str, Any]) -> Column:
     inside = isinstance(bins, list) and all(map(_is_number, bins))
     inside = inside and all(float(a) < float(b) for a, b in itertools.pairwise([bounds[0], *bins, bounds[1]]))
     require(inside, f"{name}.bins", bins, f"increasing and strictly inside {bounds}")
-    missing = fields.get("missing")
-    good = missing in (None, "indicator") or (_is_number(missing) and bounds[0] <= missing <= bounds[1])
-    require(good, f"{name}.missing", missing, f"a number in {bounds}, or 'indicator'")
-    if missing is not None:
-        missing = math.nan if missing == "indicator" else float(missing)
-    return Column(name, kind, (float(bounds[0]), float(bounds[1])), scale, tuple(map(float, bins)), missing=missing)
+    missing, standardize = fields.get("missing"), fields.get("standardize", False)
+    good = missing in (None, "indicator", "mean") or (_is_number(missing) and bounds[0] <= missing <= bounds[1])
+    require(good, f"{name}.missing", missing, f"a number in {bounds}, 'indicator' or 'mean'")
+    whole = isinstance(standardize, bool) and not (standardize and scale == "none")
+    require(whole, f"{name}.standardize", standardize, "true or false, and not true for scale = 'none'")
+    fill: Any = missing if missing in ("indicator", "mean") else "declared"
+    return Column(
+        name,
+        kind,
+        (float(bounds[0]), float(bounds[1])),
+        scale,
+        tuple(map(float, bins)),
+        missing=math.nan if fill != "declared" else None if missing is None else float(missing),
+        fill=fill,
+        standardize=standardize,
+    )
 
 
 def _parse_values(name: str, kind: Any, fields: Mapping[str, Any], layout: Layout) -> Column:
@@ -201,8 +273,9 @@ def _parse_values(name: str, kind: Any, fields: Mapping[str, Any], layout: Layou
     require(bare, f"{name}.values", values, "without blanks around them, or [file] strip = false")
     spellings = {text: code for code, group in enumerate(groups) for text in group}
     missing = fields.get("missing")
-    good = missing is None or (isinstance(missing, str) and missing in spellings)
-    require(good, f"{name}.missing", missing, "one of the column's values")
+    is_mode = missing == "mode" and kind == "category" and missing not in spellings
+    good = missing is None or is_mode or (isinstance(missing, str) and missing in spellings)
+    require(good, f"{name}.missing", missing, "one of the column's values" + ", or 'mode'" * (kind == "category"))
     other, encode = fields.get("other"), fields.get("encode", "one-hot")
     require(other is None or (isinstance(other, str) and other != ""), f"{name}.other", other, "a text")
     require(encode in ("one-hot", "code"), f"{name}.encode", encode, "'one-hot' or 'code'")
@@ -215,7 +288,8 @@ def _parse_values(name: str, kind: Any, fields: Mapping[str, Any], layout: Layou
         values=tuple(names),
         spellings=spellings,
         other=None if other is None else spellings.get(other, len(groups)),
-        missing=None if missing is None else spellings[missing],
+        missing=None if missing is None else -1 if is_mode else spellings[missing],
+        fill="mode" if is_mode else "declared",
         is_code=encode == "code",
     )
 

@@ -5,6 +5,7 @@
     train/, test/     part-00000.arrow, ...: `features` fixed_size_list<float32>[D], `categories`
                       fixed_size_list<int32>[K] if the schema leaves categories as codes, `label` int64 or float32
     private/          rows that cannot be used, with the reason
+    statistics.json   those of the training rows, if the schema asks for some: the same after a run that was killed
 
 Arrow IPC files, uncompressed, buffers at multiples of 64 bytes, so that tensors are views of the files' pages, which
 all ranks of a host share. A record's id is its place in the order of the manifest.
@@ -23,12 +24,13 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from fastdp import statistics
 from fastdp.columns import Batch, Schema
 from fastdp.disk import make_folder, sync_folder, write_whole
 from fastdp.errors import ArgumentError, require
@@ -38,14 +40,21 @@ if TYPE_CHECKING:  # Spark's workers have no torch; and only tables from files n
 
     from fastdp.transform import Source
 
-FORMAT: Final = "fastdp shards 1"
+FORMAT: Final = "fastdp shards 2"
 MANIFEST: Final = "manifest.json"
 SUMMARY: Final = "summary.json"
+STATISTICS: Final = "statistics.json"
 SPLITS: Final = ("train", "test")
 FILES: Final = "rows of files of their own"  # an `evaluation`
 FOLDERS: Final = (*SPLITS, "private")
-PARTIALS: Final = {f".{name}.partial" for name in (MANIFEST, SUMMARY)}  # of a run that was killed
+PARTIALS: Final = {f".{name}.partial" for name in (MANIFEST, SUMMARY, STATISTICS)}  # of a run that was killed
 ALIGNMENT: Final = 64
+ENCODED_BYTES: Final = 64 << 20  # of rows that are encoded at once
+
+
+def rows_at_once(schema: Schema) -> int:
+    """Rows that may be encoded together: a schema may make a hundred thousand features of a short row."""
+    return max(1, ENCODED_BYTES // (4 * (len(schema.feature_names) + len(schema.coded) + 2)))
 
 
 @dataclass(frozen=True)
@@ -127,9 +136,10 @@ class SplitWriter:
         """Rows of `quarantine_layout`."""
         self._bad.add(bad)
 
-    def written(self) -> dict[str, Written | None]:
-        """After the block: what the manifest shall say of each split."""
-        return {split: writer.written(f"{split}/{self._name}") for split, writer in self._splits.items()}
+    def written(self) -> dict[str, dict[str, Any]]:
+        """After the block: what the manifest shall say of the splits that have rows."""
+        found = ((split, writer.written(f"{split}/{self._name}")) for split, writer in self._splits.items())
+        return {split: asdict(written) for split, written in found if written is not None}
 
 
 def quarantine_layout() -> pa.Schema:
@@ -179,7 +189,12 @@ def is_done(folder: Path, origin: Origin) -> bool:
     if not folder.exists():
         return False
     names = {path.name for path in folder.iterdir()} - PARTIALS
-    require(names <= {MANIFEST, SUMMARY, *FOLDERS}, "output", str(folder), "a folder that is empty or does not exist")
+    require(
+        names <= {MANIFEST, SUMMARY, STATISTICS, *FOLDERS},
+        "output",
+        str(folder),
+        "a folder that is empty or does not exist",
+    )
     if MANIFEST not in names:
         return False  # a run that was killed: its files are written again
     manifest = read_manifest(folder)
@@ -200,13 +215,20 @@ def begin(folder: Path) -> None:
             left.unlink()
 
 
-def finish(folder: Path, schema: Schema, origin: Origin, written: list[dict[str, Any]]) -> None:
-    """Add everything up; the manifest comes last, and says that the table is whole."""
-    splits = {split: [each[split] for each in written if each[split] is not None] for split in SPLITS}
+def finish(
+    folder: Path, schema: Schema, origin: Origin, done: list[dict[str, Any]], released: Mapping[str, Any] | None
+) -> None:
+    """Add up what was done; the manifest comes last, and says that the table is whole.
+
+    done: of pieces, `rows` that were read and `reasons` for those that cannot be used; a file of each split; how many
+    rows are a `surplus` of their user.
+    """
+    splits = {split: [each[split] for each in done if split in each] for split in SPLITS}
     rows = {split: sum(file["rows"] for file in files) for split, files in splits.items()}
-    reasons = sum((Counter(each["reasons"]) for each in written), Counter())
-    read = sum(each["rows"] for each in written)
-    assert read == sum(rows.values()) + reasons.total(), f"rows were lost: {read} read, {rows}, {reasons}"
+    reasons = sum((Counter(each.get("reasons", {})) for each in done), Counter())
+    read, surplus = (sum(each.get(what, 0) for each in done) for what in ("rows", "surplus"))
+    whole = read == sum(rows.values()) + reasons.total() + surplus
+    assert whole, f"rows were lost: {read} read, {rows}, {reasons}, {surplus} more than are kept of a user"
     require(
         rows["train"] > 0, "input", f"{read} rows", "with a row that can be trained on; private/ says what is wrong"
     )
@@ -214,27 +236,56 @@ def finish(folder: Path, schema: Schema, origin: Origin, written: list[dict[str,
         "format": FORMAT,
         "name": schema.name,
         "config": origin.config,
-        "privacy_unit": "row",
+        "privacy_unit": schema.unit,
         "evaluation": origin.evaluation,
         "versions": dict(origin.versions),
         **({"rows": rows} if schema.size_is_public else {}),
+        **({"statistics": released} if released is None or released["dp"] else {}),
     }
-    private = {"input": origin.input, "rows": {"read": read, **rows, "bad": dict(reasons)}, "files": splits}
+    counts = {"read": read, **rows, "bad": dict(reasons), "surplus": surplus}
+    private = {"input": origin.input, "rows": counts, "statistics": released, "files": splits}
     write_whole(folder / SUMMARY, lambda file: file.write(_json(public)))
     write_whole(folder / MANIFEST, lambda file: file.write(_json({**public, **private})), mode=0o600)
 
 
+def contract(manifest: Mapping[str, Any]) -> str:
+    """The schema's text, with the statistics that were computed."""
+    return statistics.declared(manifest["config"], manifest["statistics"])
+
+
+def record(folder: Path, origin: Origin, released: Mapping[str, Any]) -> None:
+    """Before anything is made of them, so that a run that is begun again takes the same, and no new noise."""
+    content = {"format": FORMAT, "config": origin.config, "input": origin.input, "released": released}
+    write_whole(folder / STATISTICS, lambda file: file.write(_json(content)), mode=0o600)
+
+
+def recorded(folder: Path, origin: Origin) -> dict[str, Any] | None:
+    """The statistics that were computed of this input already. ArgumentError if they are of another, or altered."""
+    path = folder / STATISTICS
+    if not path.exists():
+        return None
+    content = _read(path, "output")
+    same = content["config"] == origin.config and content["input"] == origin.input
+    require(same, "output", str(folder), f"a new folder: its {STATISTICS} is of another input or configuration")
+    released: dict[str, Any] = content["released"]
+    return released
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a folder holds; ArgumentError unless that is a whole table."""
-    path = folder / MANIFEST
+    return _read(folder / MANIFEST, "data")
+
+
+def _read(path: Path, argument: str) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        whole = manifest["sha256"] == _digest(manifest)
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        whole = content["sha256"] == _digest(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArgumentError("data", str(folder), f"a prepared table whose {MANIFEST} can be read ({error})") from error
-    require(manifest["format"] == FORMAT, "data", manifest["format"], f"of the format {FORMAT!r}")
-    require(whole, "data", str(path), "unaltered: it is not what was written")
-    return manifest
+        bound = f"a prepared table whose {path.name} can be read ({error})"
+        raise ArgumentError(argument, str(path.parent), bound) from error
+    require(content.get("format") == FORMAT, argument, content.get("format"), f"of the format {FORMAT!r}")
+    require(whole, argument, str(path), "unaltered: it is not what was written")
+    return content
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any], sums: bool = False) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fastdp.accounting import Event
 from fastdp.columns import CellError, Column
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, require
@@ -39,6 +40,8 @@ class Table:
     category_sizes: tuple[int, ...] = ()  # K vocabularies' sizes
     digest: str | None = None  # of a prepared table, which was checked when it was written
     schema: str | None = None  # text of the TOML file by which rows become features, if there is one; public
+    unit: str = "row"  # what epsilon protects
+    prior: Mapping[Event, int] = field(default_factory=dict)  # what the records were used for before, as of an engine
 
     @property
     def num_classes(self) -> int:

@@ -41,9 +41,21 @@ class Refined:
     """What became of the rows of a piece."""
 
     rows: int
-    train: Batch
-    test: Batch
+    schema: Schema
+    values: dict[str, Array]  # codes or numbers of those that can be used, by column
+    users: pa.Array | None  # whose they are, if the schema has users: binary
+    held_out: npt.NDArray[np.bool_]  # of users' rows, what is said of their file
     bad: pa.RecordBatch  # place int64, reason, column, text: a row each
+
+    @property
+    def train(self) -> Batch:
+        """The rows to train on, encoded."""
+        return self.schema.encode(chosen(self.values, ~self.held_out))
+
+    @property
+    def test(self) -> Batch:
+        """The rows held out, encoded."""
+        return self.schema.encode(chosen(self.values, self.held_out))
 
     @property
     def quarantined(self) -> int:
@@ -132,6 +144,7 @@ def _is_unicode(text: str) -> bool:
 @dataclass(frozen=True)
 class _Parsed:
     values: dict[str, Array]
+    users: pa.Array | None
     reasons: npt.NDArray[np.uint8]
     columns: npt.NDArray[np.int64]  # of the reason, as numbered in schema.used
 
@@ -139,14 +152,18 @@ class _Parsed:
 def _parse(cells: dict[str, pa.Array], schema: Schema) -> _Parsed:
     """The first column that a row cannot be used for gives the reason."""
     values: dict[str, Array] = {}
+    users = None
     rows = len(next(iter(cells.values())))
     reasons, columns = np.full(rows, Reason.GOOD, np.uint8), np.full(rows, -1, np.int64)
     for number, column in enumerate(schema.used):
-        values[column.name], found = files.parse(column, cells[column.name], schema.layout)
+        if column.type == "user":
+            users, found = files.users(column, cells[column.name], schema.layout)
+        else:
+            values[column.name], found = files.parse(column, cells[column.name], schema.layout)
         if found.any():
             new = (found != Reason.GOOD) & (reasons == Reason.GOOD)
             reasons[new], columns[new] = found[new], number
-    return _Parsed(values, reasons, columns)
+    return _Parsed(values, users, reasons, columns)
 
 
 def _divided(
@@ -161,17 +178,15 @@ def _divided(
     """reasons, places, texts: of all rows; parsed: of the `readable` ones."""
     import pyarrow as pa
 
-    used = parsed.values
+    used, users = parsed.values, parsed.users
     columns = np.full(len(reasons), -1, np.int64)
     if parsed.reasons.any():
         good = parsed.reasons == Reason.GOOD
         used = {name: values[good] for name, values in used.items()}
+        users = None if users is None else users.filter(pa.array(good))
         reasons[readable], columns[readable] = parsed.reasons, parsed.columns
         readable = readable[good]
     test = is_test(used, source, places[readable], schema)
-    train_rows, test_rows = (
-        schema.encode({name: values[chosen] for name, values in used.items()}) for chosen in (~test, test)
-    )
     bad = np.flatnonzero(reasons != Reason.GOOD)
     names = [column.name for column in schema.used]
     quarantined = pa.record_batch(
@@ -183,7 +198,7 @@ def _divided(
             "text": texts(bad),
         }
     )
-    return Refined(len(reasons), train_rows, test_rows, quarantined)
+    return Refined(len(reasons), schema, used, users, test, quarantined)
 
 
 def is_test(
@@ -192,8 +207,9 @@ def is_test(
     """Whether each row is held out, by a hash of what it holds: then no row decides about another (P1).
 
     Or by its place, if the schema says so; or as is said of its file. Hashes below the share of 2^64 are held out.
+    Where rows are of users, only what is said of files: users.py holds users out.
     """
-    if source.split is not None:
+    if source.split is not None or schema.user is not None:
         return np.full(len(places), source.split == "test")
     how = schema.preparation
     key = hashlib.sha256(how.key.encode()).digest()
@@ -211,9 +227,21 @@ def row_hash(values: dict[str, Array], key: bytes) -> npt.NDArray[np.uint64]:
     rows = len(next(iter(values.values())))
     hashed = np.full(rows, int.from_bytes(key[:8], "little"), np.uint64)
     for column in values.values():
-        bits = (column + 0.0).view(np.uint64) if column.dtype == np.float64 else column  # no negative zeros
-        hashed = mixed(hashed, bits)
+        hashed = mixed(hashed, bits(column))
     return mixed(hashed, np.full(rows, int.from_bytes(key[8:16], "little"), np.uint64))
+
+
+def chosen(values: dict[str, Array], rows: npt.NDArray[np.bool_]) -> dict[str, Array]:
+    """Of each column."""
+    return {name: cells[rows] for name, cells in values.items()}
+
+
+def bits(column: Array) -> npt.NDArray[np.uint64]:
+    """uint64 [n], the same for the same codes or numbers."""
+    # One zero; and one NaN, which a missing number is until a statistic stands for it.
+    column = np.where(np.isnan(column), np.nan, column + 0.0) if column.dtype == np.float64 else column
+    found: npt.NDArray[np.uint64] = column.view(np.uint64)
+    return found
 
 
 def mixed(hashed: npt.NDArray[np.uint64], value: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:

@@ -32,7 +32,7 @@ import cyclopts
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fastdp
-from fastdp import pieces, shards
+from fastdp import pieces, shards, statistics, users
 from fastdp.columns import Schema
 from fastdp.errors import ArgumentError, require
 from fastdp.pieces import Piece, Source
@@ -40,19 +40,20 @@ from fastdp.schema import parse_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from pyspark.sql import SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
 JAVA: Final = 17  # the oldest that Spark 4 runs on
 
 # What executors need of fastdp, which need not be installed there; pyarrow and numpy must be.
-SHIPPED: Final = ("errors", "disk", "columns", "schema", "files", "csvrows", "shards", "transform", "pieces")
+SHIPPED: Final = (
+    *("errors", "disk", "columns", "schema", "files", "csvrows"),
+    *("statistics", "shards", "transform", "users", "pieces"),
+)
 
 
 def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path) -> str:
     """What `main` does; returns a sentence about it."""
     schema = parse_schema(config)
-    user = None if schema.user is None else schema.user.name
-    require(user is None, "type of column", user, "another than user: this version protects rows")
     check_java()
     sources = list_sources(inputs, "input", "train" if test_inputs else None)
     trained_on = {os.path.realpath(source.path) for source in sources}
@@ -74,16 +75,80 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
 def write(spark: SparkSession, cut: list[Piece], schema: Schema, origin: shards.Origin, output: Path) -> None:
     """Make the prepared table of pieces in an empty folder; see fastdp/shards.py."""
     work = [replace(piece, number=number) for number, piece in enumerate(know_quotes(spark, cut, schema))]
-    written = distribute(spark, work, lambda piece: pieces.prepare(piece, schema, output), "rows to Arrow")
-    shards.finish(output, schema, origin, written)
+    make = write_rows if schema.user is None else write_users
+    shards.finish(output, schema, origin, *make(spark, work, schema, origin, output))
+
+
+def write_rows(
+    spark: SparkSession, work: list[Piece], schema: Schema, origin: shards.Origin, output: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """What was done, and what statistics were released."""
+
+    def sums() -> list[statistics.Sums]:
+        return distribute(spark, work, lambda piece: pieces.sums(piece, schema), "statistics")
+
+    released = release(sums, schema, origin, output)
+    known = parse_schema(statistics.declared(origin.config, released))
+    return distribute(spark, work, lambda piece: pieces.prepare(piece, known, output), "rows to Arrow"), released
+
+
+def write_users(
+    spark: SparkSession, work: list[Piece], schema: Schema, origin: shards.Origin, output: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """As `write_rows`, of the records that are kept of each user; see fastdp/users.py."""
+    from pyspark import TaskContext
+
+    by_hash = origin.evaluation != shards.FILES
+
+    def records(piece: Piece) -> Iterator[pa.RecordBatch]:
+        try:
+            yield from pieces.records(piece, schema, output)
+        except ArgumentError as error:  # would be the same again
+            yield users.result(users.RECORDS, json.dumps(as_result(error)))
+
+    def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        context = TaskContext.get()
+        assert context is not None
+        return users.write(batches, context.partitionId(), known, output)
+
+    order = [name for name in users.RECORDS.replace(",", "").split()[::2] if name != "result"]
+    partitions = 1 + sum(source.bytes for source in {piece.source for piece in work}) // pieces.PIECE_BYTES
+    together = over(spark, work, records, users.RECORDS).repartition(partitions, "user")
+    kept = together.sortWithinPartitions(*order).mapInArrow(lambda rows: users.keep(rows, schema, by_hash), users.KEPT)
+    if schema.unknown:
+        kept = kept.persist()  # read twice
+
+    def sums() -> list[statistics.Sums]:
+        found = collect(spark, kept.mapInArrow(lambda rows: users.sums(rows, schema), users.KEPT), "statistics", 0)
+        return [each["sums"] for each in found if "sums" in each]
+
+    released = release(sums, schema, origin, output)
+    known = parse_schema(statistics.declared(origin.config, released))
+    done = collect(spark, kept.mapInArrow(write, users.KEPT), "users to Arrow", len(work) + partitions)
+    kept.unpersist()
+    return done, released
+
+
+def release(
+    sums: Callable[[], list[statistics.Sums]], schema: Schema, origin: shards.Origin, output: Path
+) -> dict[str, Any] | None:
+    """The statistics that the schema leaves open, noise and all: once for an input and a folder."""
+    if not schema.unknown:
+        return None
+    released = shards.recorded(output, origin)
+    if released is None:
+        released = statistics.release(statistics.added(sums()), schema)
+        shards.record(output, origin, released)
+    return released
 
 
 def origin_of(config: str, sources: list[Source]) -> shards.Origin:
     """What the table is made of."""
-    by = {"content": "what they hold", "place": "their place in the input"}[parse_schema(config).preparation.split_by]
+    schema = parse_schema(config)
+    by = {"content": "what they hold", "place": "their place in the input"}[schema.preparation.split_by]
+    held_out = f"rows held out by a hash of {by}" if schema.user is None else "rows of users held out by a hash of them"
     of_files = any(source.split is not None for source in sources)
-    evaluation = shards.FILES if of_files else f"rows held out by a hash of {by}"
-    return shards.Origin(config, shards.fingerprint(sources), versions(), evaluation)
+    return shards.Origin(config, shards.fingerprint(sources), versions(), shards.FILES if of_files else held_out)
 
 
 def list_sources(inputs: list[str], argument: str, split: Literal["train", "test"] | None) -> list[Source]:
@@ -126,25 +191,44 @@ def know_quotes(spark: SparkSession, work: list[Piece], schema: Schema) -> list[
 def distribute(spark: SparkSession, work: list[Piece], function: Callable[[Piece], Any], what: str) -> list[Any]:
     """function(piece) for each, in order, on Spark's executors; the results travel as JSON."""
 
-    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def run(piece: Piece) -> Iterator[pa.RecordBatch]:
         import pyarrow as pa
 
+        try:
+            result = {"number": piece.number, "result": function(piece)}
+        except ArgumentError as error:  # would be the same again
+            result = as_result(error)
+        yield pa.RecordBatch.from_pydict({"result": [json.dumps(result)]})
+
+    return collect(spark, over(spark, work, run, "result string"), what, len(work))
+
+
+def over(
+    spark: SparkSession, work: list[Piece], function: Callable[[Piece], Iterator[pa.RecordBatch]], fields: str
+) -> DataFrame:
+    """A frame of what the function gives for each piece, a task each."""
+
+    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             for number in batch.column(0).to_pylist():
-                try:
-                    result = {"result": function(work[number])}
-                except ArgumentError as error:  # would be the same again
-                    result = {"error": [error.name, str(error.value), error.bound]}
-                yield pa.RecordBatch.from_pydict({"number": [number], "result": [json.dumps(result)]})
+                yield from function(work[number])
 
-    numbers = spark.range(0, len(work), 1, max(1, len(work)))
-    with progress(spark, what, len(work)):
-        rows = numbers.mapInArrow(run, "number long, result string").collect()
-    results = [json.loads(row.result) for row in sorted(rows, key=lambda row: row.number)]
+    return spark.range(0, len(work), 1, max(1, len(work))).mapInArrow(run, fields)
+
+
+def collect(spark: SparkSession, frame: DataFrame, what: str, tasks: int) -> list[Any]:
+    """The results in a frame's JSON, in order of their numbers if they have some; or the first error."""
+    with progress(spark, what, tasks):
+        results = [json.loads(row.result) for row in frame.collect()]
     for result in results:
         if "error" in result:
             raise ArgumentError(*result["error"])
-    return [result["result"] for result in results]
+    return [result["result"] for result in sorted(results, key=lambda result: result.get("number", 0))]
+
+
+def as_result(error: ArgumentError) -> dict[str, list[str]]:
+    """For `collect`, which raises it again."""
+    return {"error": [error.name, str(error.value), error.bound]}
 
 
 @contextmanager
@@ -182,12 +266,13 @@ def session() -> Iterator[SparkSession]:
         "spark.master": "local[*]",
         "spark.app.name": "fastdp prepare",
         "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": "false",
         "spark.sql.catalogImplementation": "in-memory",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "65536",  # what becomes a batch of a file
         "spark.pyspark.driver.python": sys.executable,
         "spark.pyspark.python": sys.executable,
     }.items():
         conf.setIfMissing(key, value)
+    conf.set("spark.ui.showConsoleProgress", "false")  # which is on for whatever does not run under spark-submit
     spark = SparkSession.builder.config(conf=conf).getOrCreate()
     try:
         spark.sparkContext.setLogLevel("ERROR")

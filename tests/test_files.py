@@ -303,7 +303,7 @@ def test_a_file_without_header_and_its_own_ways(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("missing = 40", "missing = 400", "age.missing=400: must be a number in [0, 100], or 'indicator'"),
+        ("missing = 40", "missing = 400", "age.missing=400: must be a number in [0, 100], 'indicator' or 'mean'"),
         ("missing = 40", "missing = true", "age.missing=True: must be"),
         ('missing = "none"', 'missing = "boss"', "job.missing='boss': must be one of the column's values"),
         ("bins = [30]", "bins = 30", "age.bins=30: must be"),

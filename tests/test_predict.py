@@ -207,8 +207,8 @@ def test_a_prepared_table_with_codes(here: Path, capfd: pytest.CaptureFixture[st
     with shards.SplitWriter(folder, "part-0.arrow", schema) as writer:
         for split in shards.SPLITS:
             writer.add(split, rows)
-    files = {split: vars(written) for split, written in writer.written().items()}
-    shards.finish(folder, schema, shards.Origin(text, "", {}, "rows"), [{**files, "rows": 400, "reasons": {}}])
+    done = [{"rows": 400, **writer.written()}]
+    shards.finish(folder, schema, shards.Origin(text, "", {}, "rows"), done, None)
     state = leave_run("prepared", "--model", "user_models:Embedded")
     assert Path("run/schema.toml").read_text() == text
     write("new.csv")

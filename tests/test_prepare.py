@@ -38,6 +38,26 @@ SPARK_HOME = Path(pyspark.__path__[0])
 # What runs for seconds is not worth the work of the optimizing compiler, on two cores.
 QUICK = {"JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC", "SPARK_LOCAL_IP": "127.0.0.1"}
 
+USERS = """
+format = 1
+name = "visits"
+size_is_public = true
+[prepare]
+stats = "STATS"
+[[column]]
+name = "who"
+type = "user"
+[[column]]
+name = "length"
+type = "number"
+bounds = [0, 100]
+standardize = true
+[[column]]
+name = "back"
+type = "label"
+values = ["0", "1"]
+"""
+
 COLUMNS = ["sex", "married", "black", "asian", "collegedegree", "employed", "militaryservice", "uscitizen"]
 COLUMNS += ["disability", "englishability", "blackfemale", "targetted"]
 ORIGINAL = """
@@ -180,6 +200,53 @@ def test_a_folder_of_every_kind_of_file_is_one_table(job: Any, tmp_path: Path, m
     with pytest.raises(ArgumentError, match=r"input='.*t\.csv': must be of another name"):
         (tmp_path / "raw" / "t.csv").write_bytes(b"")
         job.list_sources([str(tmp_path / "raw" / "t.csv"), str(tmp_path / "raw" / "day=0")], "input", None)
+
+
+def test_users_and_statistics(job: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Over several files, pieces and partitions: a record of each user, and the exact statistics of the training rows.
+
+    What was released before the job was killed is released again.
+    """
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4096)
+    draw = random.Random(0)
+    mine: dict[str, list[tuple[float, int]]] = {f"user {i}": [] for i in range(500)}
+    for path in (tmp_path / "in" / "a.csv", tmp_path / "in" / "b.csv"):
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            file.write("who,length,back\n")
+            for _ in range(1000):
+                who, length, back = draw.choice(list(mine)), draw.randint(0, 100), draw.randint(0, 1)
+                mine[who].append((length / 100, back))
+                file.write(f"{who},{length},{back}\n")
+            file.write("nobody,much,0\n,1,0\n")
+    for stats in ("non-private", "dp"):
+        text = USERS.replace('"STATS"', f'"{stats}"' + "\nnoise_multiplier = 3" * (stats == "dp"))
+        output = tmp_path / stats
+        job.prepare(text, [str(tmp_path / "in")], [], output)
+        manifest = shards.read_manifest(output)
+        counts, released = manifest["rows"], manifest["statistics"]
+        users = sum(bool(some) for some in mine.values())
+        assert manifest["privacy_unit"] == "user" and len(manifest["files"]["train"]) == 7
+        assert counts["read"] == 2004 and counts["bad"] == {"number": 2, "missing": 2}
+        assert counts["train"] + counts["test"] == users == 2000 - counts["surplus"]
+        table, known = prepared.load(output), released["columns"]["length"]
+        kept = np.concatenate([rows_of(table, "train"), rows_of(table, "test")])
+        lengths = kept[:, 0] * known["deviation"] + known["mean"]
+        found = sorted(zip(lengths.round(2).tolist(), kept[:, -1].tolist(), strict=True))
+        left = [sorted(some) for some in mine.values() if some]
+        assert set(found) <= {record for some in left for record in some}
+        training = lengths[: counts["train"]]
+        if stats == "non-private":
+            assert known["mean"] == pytest.approx(training.mean(), abs=1e-6)
+            assert known["deviation"] == pytest.approx(training.std(), abs=1e-6)
+        else:
+            assert known["mean"] != pytest.approx(training.mean(), abs=1e-6)
+            assert known["mean"] == pytest.approx(training.mean(), abs=10 * 3 * 3**0.5 / len(training))
+            before = contents(output)
+            (output / shards.MANIFEST).unlink()  # killed at the end
+            monkeypatch.setattr(job.statistics, "release", None)
+            job.prepare(text, [str(tmp_path / "in")], [], output)
+            assert contents(output) == before
 
 
 def test_what_executors_cannot_read_is_told_like_what_the_driver_cannot(job: Any, tmp_path: Path) -> None:
