@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import numpy as np
+
 from fastdp import csvrows, shards, statistics, transform, users
 from fastdp.columns import Layout, Schema
 from fastdp.errors import ArgumentError, require
@@ -138,7 +140,7 @@ def records(piece: Piece, schema: Schema, output: Path) -> Iterator[pa.RecordBat
 
 def sums(piece: Piece, schema: Schema) -> statistics.Sums:
     """Of the piece's training rows."""
-    training = (transform.chosen(part.values, ~part.held_out) for part in refined(piece, schema))
+    training = (transform.chosen(part.values, np.flatnonzero(~part.held_out)) for part in refined(piece, schema))
     return statistics.added(statistics.sums(values, schema) for values in training)
 
 

@@ -50,12 +50,12 @@ class Refined:
     @property
     def train(self) -> Batch:
         """The rows to train on, encoded."""
-        return self.schema.encode(chosen(self.values, ~self.held_out))
+        return self.schema.encode(chosen(self.values, np.flatnonzero(~self.held_out)))
 
     @property
     def test(self) -> Batch:
         """The rows held out, encoded."""
-        return self.schema.encode(chosen(self.values, self.held_out))
+        return self.schema.encode(chosen(self.values, np.flatnonzero(self.held_out)))
 
     @property
     def quarantined(self) -> int:
@@ -181,20 +181,20 @@ def _divided(
     used, users = parsed.values, parsed.users
     columns = np.full(len(reasons), -1, np.int64)
     if parsed.reasons.any():
-        good = parsed.reasons == Reason.GOOD
-        used = {name: values[good] for name, values in used.items()}
-        users = None if users is None else users.filter(pa.array(good))
+        good = np.flatnonzero(parsed.reasons == Reason.GOOD)
+        used = chosen(used, good)
+        users = None if users is None else users.take(pa.array(good))
         reasons[readable], columns[readable] = parsed.reasons, parsed.columns
         readable = readable[good]
     test = is_test(used, source, places[readable], schema)
     bad = np.flatnonzero(reasons != Reason.GOOD)
-    names = [column.name for column in schema.used]
+    names = pa.array([*(column.name for column in schema.used), None], pa.string())  # the last: of no column
     quarantined = pa.record_batch(
         {
-            "file": pa.array([source.name] * len(bad), pa.string()),
+            "file": pa.repeat(source.name, len(bad)),
             "place": pa.array(places[bad], pa.int64()),
-            "reason": pa.array([Reason(r).name.lower() for r in reasons[bad]], pa.string()),
-            "column": pa.array([None if c < 0 else names[c] for c in columns[bad]], pa.string()),
+            "reason": pa.array([reason.name.lower() for reason in Reason]).take(pa.array(reasons[bad])),
+            "column": names.take(pa.array(columns[bad] % len(names))),
             "text": texts(bad),
         }
     )
@@ -231,9 +231,9 @@ def row_hash(values: dict[str, Array], key: bytes) -> npt.NDArray[np.uint64]:
     return mixed(hashed, np.full(rows, int.from_bytes(key[8:16], "little"), np.uint64))
 
 
-def chosen(values: dict[str, Array], rows: npt.NDArray[np.bool_]) -> dict[str, Array]:
-    """Of each column."""
-    return {name: cells[rows] for name, cells in values.items()}
+def chosen(values: dict[str, Array], rows: npt.NDArray[np.int64]) -> dict[str, Array]:
+    """Of each column these rows."""
+    return {name: cells.take(rows) for name, cells in values.items()}
 
 
 def bits(column: Array) -> npt.NDArray[np.uint64]:

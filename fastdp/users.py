@@ -154,6 +154,6 @@ def write(batches: Iterator[pa.RecordBatch], number: int, schema: Schema, output
                 part = batch.slice(first, shards.rows_at_once(schema))
                 values = unpacked(part.column("record"), schema)
                 held_out = part.column("held_out").to_numpy(zero_copy_only=False)
-                writer.add("train", schema.encode(chosen(values, ~held_out)))
-                writer.add("test", schema.encode(chosen(values, held_out)))
+                writer.add("train", schema.encode(chosen(values, np.flatnonzero(~held_out))))
+                writer.add("test", schema.encode(chosen(values, np.flatnonzero(held_out))))
     yield result(KEPT, json.dumps({"result": writer.written()}))
