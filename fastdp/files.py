@@ -94,8 +94,7 @@ def parse(column: Column, cells: pa.Array, layout: Layout) -> tuple[Array, Array
     """
     import pyarrow as pa
 
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.dictionary_decode()
+    cells = decoded(cells)
     texts = str(cells.type) in ("string", "large_string", "string_view", "null")
     codes = column.spellings is not None
     whole = pa.types.is_integer(cells.type) or pa.types.is_boolean(cells.type)
@@ -114,6 +113,16 @@ def parse(column: Column, cells: pa.Array, layout: Layout) -> tuple[Array, Array
         else:
             values[missing] = column.missing
     return values, reasons
+
+
+def decoded(cells: pa.Array) -> pa.Array:
+    """The cells themselves, of a dictionary's."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(cells.type):
+        return cells
+    texts = str(cells.type.value_type) == "string_view"  # polars writes it, and take() does not know it
+    return (cells.dictionary.cast(pa.string()) if texts else cells.dictionary).take(cells.indices)
 
 
 def _codes(column: Column, texts: pa.Array, layout: Layout) -> tuple[Array, Array, Array]:
