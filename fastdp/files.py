@@ -94,8 +94,7 @@ def parse(column: Column, cells: pa.Array, layout: Layout) -> tuple[Array, Array
     """
     import pyarrow as pa
 
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.dictionary_decode()
+    cells = decoded(cells)
     texts = str(cells.type) in ("string", "large_string", "string_view", "null")
     codes = column.spellings is not None
     whole = pa.types.is_integer(cells.type) or pa.types.is_boolean(cells.type)
@@ -124,8 +123,7 @@ def users(column: Column, cells: pa.Array, layout: Layout) -> tuple[pa.Array, Ar
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_dictionary(cells.type):
-        cells = cells.dictionary_decode()
+    cells = decoded(cells)
     texts = str(cells.type) in ("string", "large_string", "string_view", "null")
     exact = texts or pa.types.is_integer(cells.type)
     require(exact, f"type of column {column.name!r}", str(cells.type), "texts or integers")
@@ -135,6 +133,16 @@ def users(column: Column, cells: pa.Array, layout: Layout) -> tuple[pa.Array, Ar
     missing = pc.or_kleene(cells.is_null(), pc.is_in(cells, value_set=pa.array(layout.nulls, pa.string())))
     reasons = np.where(missing.to_numpy(zero_copy_only=False), Reason.MISSING, Reason.GOOD).astype(np.uint8)
     return cells.cast(pa.binary()), reasons
+
+
+def decoded(cells: pa.Array) -> pa.Array:
+    """The cells themselves, of a dictionary's."""
+    import pyarrow as pa
+
+    if not pa.types.is_dictionary(cells.type):
+        return cells
+    texts = str(cells.type.value_type) == "string_view"  # polars writes it, and take() does not know it
+    return (cells.dictionary.cast(pa.string()) if texts else cells.dictionary).take(cells.indices)
 
 
 def _codes(column: Column, texts: pa.Array, layout: Layout) -> tuple[Array, Array, Array]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -85,6 +85,13 @@ def _reading(source: Source) -> Iterator[None]:
     except (pa.ArrowException, EOFError, OSError, zlib.error) as error:
         reason = str(error).strip().split("\n")[0]
         raise ArgumentError("input", source.path, f"a {source.kind} file that can be read ({reason})") from error
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[IO[bytes]]:
+    """The file, unpacked; ArgumentError if it cannot be read."""
+    with _reading(source), gzip.open(source.path) if source.gzipped else open(source.path, "rb") as stream:
+        yield stream  # type: ignore[misc]
 
 
 def _cut(source: Source, schema: Schema) -> list[Piece]:

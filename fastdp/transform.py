@@ -102,7 +102,7 @@ def of_json_lines(data: bytes, source: Source, offset: int, schema: Schema) -> R
     cells: dict[str, list[str | None]] = {column.name: [] for column in schema.used}
     for row in range(len(rows)):
         if rows.reasons[row] == Reason.GOOD:
-            found = _json_cells(rows.text(row), list(cells))
+            found = json_cells(rows.text(row), list(cells))
             if found is None:
                 rows.reasons[row] = Reason.SYNTAX
                 continue
@@ -113,8 +113,8 @@ def of_json_lines(data: bytes, source: Source, offset: int, schema: Schema) -> R
     return _divided(rows.reasons, readable, whole, rows.starts + offset, source, rows.texts, schema)
 
 
-def _json_cells(text: bytes, names: list[str]) -> list[str | None] | None:
-    """The named members as texts; None if the text is no object of such."""
+def json_members(text: bytes) -> dict[str, Any] | None:
+    """The members of an object; None if the text is none."""
 
     def refuse(constant: str) -> None:
         raise ValueError(constant)
@@ -123,20 +123,26 @@ def _json_cells(text: bytes, names: list[str]) -> list[str | None] | None:
         members = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(members, dict):
+    return members if isinstance(members, dict) else None
+
+
+def json_cells(text: bytes, names: list[str]) -> list[str | None] | None:
+    """The named members as texts; None if the text is no object of such."""
+    members = json_members(text)
+    if members is None:
         return None
     found: list[str | None] = []
     for name in names:
         cell = members.get(name)
         if cell is not None and not isinstance(cell, (str, int, float)):
             return None
-        if isinstance(cell, str) and not _is_unicode(cell):
+        if isinstance(cell, str) and not is_unicode(cell):
             return None
         found.append(json.dumps(cell) if isinstance(cell, (int, float)) else cell)
     return found
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Halves of surrogate pairs can be written in JSON, and are no characters."""
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 

@@ -2,7 +2,9 @@
 
     spark-submit spark_jobs/prepare.py --config loans.toml --input raw/ --output prepared/
     python spark_jobs/prepare.py --config loans.toml --input 'raw/*.csv.gz' --output prepared/
+    python spark_jobs/prepare.py --suggest --input raw/ > loans.toml
 
+The last line drafts the configuration, from the first rows; see fastdp/suggest.py. It needs neither Spark nor Java.
 Input and output must be folders that all machines see under the same names. Spark distributes pieces of the files; what
 becomes of a piece is in fastdp/pieces.py and fastdp/transform.py, and what the output holds in fastdp/shards.py.
 Without a master (spark-submit's, or spark.master in Spark's configuration), all cores of this machine are used.
@@ -32,7 +34,7 @@ import cyclopts
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import fastdp
-from fastdp import pieces, shards, statistics, users
+from fastdp import pieces, shards, statistics, suggest, users
 from fastdp.columns import Schema
 from fastdp.errors import ArgumentError, require
 from fastdp.pieces import Piece, Source
@@ -319,19 +321,42 @@ def versions() -> dict[str, str]:
     }
 
 
+def write_draft(inputs: list[str], config: Path | None) -> None:
+    """A draft of a configuration for these inputs, to a file that is not there yet, or to standard output."""
+    there = config is not None and config.exists()
+    require(not there, "config", str(config), "a file that does not exist yet: the draft overwrites none")
+    draft = suggest.draft(list_sources(inputs, "input", None))
+    if config is None:
+        print(draft, end="")
+        return
+    with config.open("x", encoding="utf-8") as file:
+        file.write(draft)
+
+
 def main(
     *,
-    config: Annotated[Path, cyclopts.Parameter(help="the TOML file that declares the columns (see fastdp/schema.py)")],
+    config: Annotated[
+        Path | None, cyclopts.Parameter(help="the TOML file that declares the columns (see fastdp/schema.py)")
+    ] = None,
     input: Annotated[list[str], cyclopts.Parameter(consume_multiple=True, help="files, folders or patterns")],
     test_input: Annotated[
         list[str], cyclopts.Parameter(consume_multiple=True, help="such, all of whose rows are test rows")
     ] = [],  # noqa: B006 cyclopts copies it
-    output: Annotated[Path, cyclopts.Parameter(help="a new folder, or one of a run that was killed")],
+    output: Annotated[Path | None, cyclopts.Parameter(help="a new folder, or one of a run that was killed")] = None,
+    suggest: Annotated[
+        bool, cyclopts.Parameter(negative="", help="only draft such a TOML file, from the first rows of the input")
+    ] = False,
 ) -> int:
     """Prepare a table for `python -m fastdp.train --data FOLDER`."""
     started = time.monotonic()
     try:
-        require(config.is_file(), "config", str(config), "a TOML file that exists")
+        if suggest:
+            require(output is None, "output", str(output), "left out with --suggest, which prepares nothing")
+            write_draft([*input, *test_input], config)
+            return 0
+        require(config is not None and config.is_file(), "config", config and str(config), "a TOML file that exists")
+        require(output is not None, "output", output, "a folder")
+        assert config is not None and output is not None
         done = prepare(config.read_text(encoding="utf-8"), input, test_input, output.absolute())
     except (ArgumentError, OSError, UnicodeError) as error:
         sys.stderr.write(f"prepare: error: {' '.join(str(error).split())}\n")
