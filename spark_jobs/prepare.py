@@ -71,6 +71,9 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
         shards.begin(output)
         with session() as spark:
             write(spark, cut, schema, origin, output)
+    counts = shards.read_manifest(output)["rows"]
+    if sum(counts["bad"].values()) > counts["read"] / 2:
+        sys.stderr.write(f"prepare: warning: most rows cannot be used; {output / 'private'} says why\n")
     return f"{output} is ready for python -m fastdp.train --data {output}; how many rows it has is in its manifest.json"
 
 
@@ -78,7 +81,11 @@ def write(spark: SparkSession, cut: list[Piece], schema: Schema, origin: shards.
     """Make the prepared table of pieces in an empty folder; see fastdp/shards.py."""
     work = [replace(piece, number=number) for number, piece in enumerate(know_quotes(spark, cut, schema))]
     make = write_rows if schema.user is None else write_users
-    shards.finish(output, schema, origin, *make(spark, work, schema, origin, output))
+    done, released = make(spark, work, schema, origin, output)
+    for source in {piece.source for piece in work}:
+        same = pieces.source(Path(source.path), source.name, source.split) == source
+        require(same, "input", source.path, "left as it is while it is prepared")
+    shards.finish(output, schema, origin, done, released)
 
 
 def write_rows(

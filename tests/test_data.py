@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from fastdp import pieces
 from fastdp.columns import Column, Layout, Schema
 from fastdp.data import Table, check_finite, load
 from fastdp.errors import ArgumentError
@@ -106,6 +107,17 @@ def test_every_raw_row_is_there(uci: dict[str, bytes], schema: Schema) -> None:
                 codes = cells[f"{split}.{column.name}"].tolist()
                 columns.append([column.values[c] for c in codes] if column.values else list(map(str, codes)))
             assert [", ".join(row) for row in zip(*columns, strict=True)] == lines
+
+
+@pytest.mark.usefixtures("uci")
+def test_the_preparation_reads_ucis_files_as_they_are(schema: Schema, adult: Table) -> None:
+    for name, split in (("adult.data", "train"), ("adult.test", "test")):
+        path = Path(os.environ["FASTDP_DATA"]) / "adult" / name
+        (piece,) = pieces.cut(pieces.source(path, name, split), schema)
+        (part,) = pieces.refined(piece, schema)
+        assert part.quarantined == 0
+        assert torch.equal(torch.from_numpy(getattr(part, split).features), getattr(adult, f"{split}_features"))
+        assert torch.equal(torch.from_numpy(getattr(part, split).labels), getattr(adult, f"{split}_labels"))
 
 
 def test_features_of_raw_rows(uci: dict[str, bytes], adult: Table) -> None:

@@ -249,6 +249,28 @@ def test_users_and_statistics(job: Any, tmp_path: Path, monkeypatch: Any) -> Non
             assert contents(output) == before
 
 
+def test_changes_meanwhile_and_bad_rows_are_told(job: Any, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    path, make = tmp_path / "t.csv", job.write_rows
+    WRITERS["t.csv"](plain_table(30), path)
+    with path.open("a") as file:
+        file.write("neither a number nor a row\n" * 200)
+    job.prepare(contract(), [str(path)], [], tmp_path / "o")
+    assert (
+        f"prepare: warning: most rows cannot be used; {tmp_path / 'o' / 'private'} says why" in capfd.readouterr().err
+    )
+
+    def and_then_the_file_grows(*arguments: Any) -> Any:
+        made = make(*arguments)
+        with path.open("a") as file:
+            file.write("one more\n")
+        return made
+
+    monkeypatch.setattr(job, "write_rows", and_then_the_file_grows)
+    with pytest.raises(ArgumentError, match=r"input='.*t\.csv': must be left as it is while it is prepared"):
+        job.prepare(contract(), [str(path)], [], tmp_path / "p")
+    assert not (tmp_path / "p" / shards.MANIFEST).exists()
+
+
 def test_what_executors_cannot_read_is_told_like_what_the_driver_cannot(job: Any, tmp_path: Path) -> None:
     path = WRITERS["t.csv.gz"](plain_table(3000), tmp_path / "t.csv.gz")
     path.write_bytes(path.read_bytes()[:-500])
@@ -270,7 +292,7 @@ def test_what_executors_cannot_read_is_told_like_what_the_driver_cannot(job: Any
     [
         ({"config": "none.toml"}, r"config='none.toml': must be a TOML file that exists"),
         ({"config": "bad.toml"}, r"schema=.*must be TOML"),
-        ({"config": "user.toml"}, r"type of column='who': must be another than user"),
+        ({"config": "user.toml"}, r"column 'who' of t.csv='absent'"),
         ({"input": ["none*.csv"]}, r"input='none\*.csv': must be a file, a folder or a pattern that matches some"),
         ({"input": ["empty"]}, r"input=\['empty'\]: must be with at least one file"),
         ({"input": ["s.toml"]}, r"input='s.toml': must be a file that ends in .csv"),
