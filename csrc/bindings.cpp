@@ -157,6 +157,14 @@ void bind_noise(py::module_& m) {
     }
     return as_array(std::move(ids));
   });
+  py::class_<Stack>(m, "Stack")
+      .def(py::init<std::vector<Address>, std::vector<int64_t>, int64_t>())
+      .def(
+          "gather",
+          [](const Stack& stack, Address ids, int64_t n, Address out, int threads) {
+            return gather(stack, at<const int64_t>(ids), n, at<char>(out), threads);
+          },
+          Release());
   // For tests: the generator against RFC 8439, and the transform on words of the test's choice.
   m.def("keystream", [](Address key, uint32_t domain, uint64_t step, uint64_t first, int64_t blocks, Address words) {
     kernels().keystream(stream(key, Domain{domain}, static_cast<int64_t>(step)), first, blocks, at<uint32_t>(words));

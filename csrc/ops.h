@@ -48,6 +48,16 @@ template <class T, class Step>
 void noise_step(const std::vector<StepParameter>& parameters, const T* flat, const Stream& stream, const Step& h,
                 int threads);
 
+// A table whose rows lie in several parts, one after the other.
+struct Stack {
+  std::vector<uintptr_t> parts;
+  std::vector<int64_t> starts;  // ids of the parts' first rows, and the number of all rows
+  int64_t row_bytes;
+};
+
+// out[n rows] = rows ids[n]. False if one of them is no row of the stack; then nothing is written.
+bool gather(const Stack& stack, const int64_t* ids, int64_t n, char* out, int threads);
+
 // ascending ids of a Poisson sample of n records
 std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream);
 

@@ -170,6 +170,8 @@ class _Once:
 
 
 def _rows_or_zeros(t: Tensor | Stacked, ids: Tensor) -> Tensor:
+    if isinstance(t, Tensor) and t.is_cpu and len(ids):
+        return t.index_select(0, ids)  # half the time of t[ids]
     return t[ids] if len(ids) else torch.zeros(1, *t.shape[1:], dtype=t.dtype)
 
 

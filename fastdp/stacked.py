@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastdp import _kernels
+
 
 class Stacked:
     """Rows that lie in several tensors, read like one tensor [n, ...] of them."""
 
     def __init__(self, parts: list[Tensor]) -> None:
+        """parts: [n_i, ...] on the CPU, rows packed, of one dtype and of one shape but for n_i; views are kept."""
         self.parts = parts
-        sizes = torch.tensor([0, *(len(part) for part in parts)])
-        self._starts = sizes.cumsum(0)
-        self.shape = torch.Size((int(self._starts[-1]), *parts[0].shape[1:]))
         self.dtype = parts[0].dtype
+        for part in parts:
+            same = part.dtype == self.dtype and part.shape[1:] == parts[0].shape[1:]
+            assert same and part.is_contiguous() and part.is_cpu, (part.shape, part.dtype, part.stride())
+        starts = [0, *itertools.accumulate(len(part) for part in parts)]
+        self.shape = torch.Size((starts[-1], *parts[0].shape[1:]))
+        row_bytes = self.shape[1:].numel() * self.dtype.itemsize
+        self._stack = _kernels.Stack([part.data_ptr() for part in parts], starts, row_bytes)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, ids: Tensor) -> Tensor:
-        """The rows of these ids, int64 [b], in their order; time and memory for b rows."""
-        if len(self.parts) == 1 and (not len(ids) or ids.min() >= 0):
-            return self.parts[0][ids]
-        if bool((ids[1:] < ids[:-1]).any()):
-            order = ids.argsort()
-            rows = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype)
-            rows[order] = self[ids[order]]
-            return rows
-        cuts = torch.searchsorted(ids, self._starts)
-        if cuts[0] != 0 or cuts[-1] != len(ids):
-            raise IndexError(f"ids of rows must be in [0, {len(self)})")
+        """The rows of these ids, int64 [b], in their order; time and memory for b rows.
+
+        Raises IndexError for an id that is not in [0, n).
+        """
+        ids = ids.to(torch.int64).contiguous()
         rows = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype)
-        for i in (cuts[1:] > cuts[:-1]).nonzero().flatten().tolist():
-            a, b = int(cuts[i]), int(cuts[i + 1])
-            torch.index_select(self.parts[i], 0, ids[a:b] - self._starts[i], out=rows[a:b])
+        if not self._stack.gather(ids.data_ptr(), len(ids), rows.data_ptr(), torch.get_num_threads()):
+            raise IndexError(f"ids of rows must be in [0, {len(self)})")
         return rows
 
     def split(self, rows: int) -> Iterator[Tensor]:

@@ -164,7 +164,7 @@ def test_opening_200_mb_takes_no_memory_and_reading_takes_a_batch(tmp_path: Path
 
 @given(
     sizes=st.lists(st.integers(0, 5), min_size=1, max_size=6).filter(sum),
-    width=st.sampled_from([(), (3,), (2, 2)]),
+    width=st.sampled_from([(), (3,), (2, 2), (0,), (100_000,)]),
     draw=st.data(),
 )
 @settings(max_examples=300, deadline=None)
