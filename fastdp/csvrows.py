@@ -67,13 +67,17 @@ def split(data: bytes, layout: Layout) -> Rows:
     starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
     reasons = np.full(len(ends), Reason.GOOD, np.uint8)
     quotes = _quotes(data) if layout.quotes else _NONE
-    number = np.arange(len(quotes)) - np.searchsorted(quotes, starts)[np.searchsorted(ends, quotes, side="right")]
-    reasons[np.searchsorted(ends, _misplaced(raw, quotes, number % 2 == 0, layout), side="right")] = Reason.QUOTES
-    reasons[(np.searchsorted(quotes, ends) - np.searchsorted(quotes, starts)) % 2 == 1] = Reason.QUOTES
+    before = np.searchsorted(quotes, starts)  # how many
+    if len(quotes):
+        counts = np.diff(before, append=len(quotes))
+        unclosed = counts % 2 == 1
+        reasons[unclosed] = Reason.QUOTES
+        pairs = quotes[np.repeat(~unclosed, counts)] if unclosed.any() else quotes
+        reasons[np.searchsorted(ends, _misplaced(raw, pairs, layout), side="right")] = Reason.QUOTES
     if b"\r" in data:
         returns = _lone_returns(raw)
         within = np.searchsorted(ends, returns, side="right")
-        outside = (np.searchsorted(quotes, returns) - np.searchsorted(quotes, starts)[within]) % 2 == 0
+        outside = (np.searchsorted(quotes, returns) - before[within]) % 2 == 0
         reasons[within[outside]] = Reason.QUOTES
     reasons[ends - starts > ROW_BYTES] = Reason.LONG
     empty = (raw[starts] == _LF) | ((ends - starts == 2) & (raw[starts] == _CR) & (raw[ends - 1] == _LF))
@@ -159,8 +163,7 @@ def blocks(stream: IO[bytes], layout: Layout, size: int) -> Iterator[tuple[int, 
     offset, carry = 0, b""
     while chunk := stream.read(size):
         data = carry + chunk
-        feeds = _feeds(np.frombuffer(data, np.uint8), _enclosing(data, layout), False)
-        cut = int(feeds[-1]) + 1 if len(feeds) else 0
+        cut = _after_last_feed(data, layout)
         if cut:
             yield offset, data[:cut]
         offset, carry = offset + cut, data[cut:]
@@ -200,6 +203,18 @@ def head(stream: IO[bytes], layout: Layout) -> tuple[list[str] | None, int]:
     return [name.strip() if layout.strip else name for name in names], offset + int(rows.ends[0])
 
 
+def _after_last_feed(data: bytes, layout: Layout) -> int:
+    """Where the last row ends in a text that begins with a row; 0: none does."""
+    if not (layout.quotes and layout.multiline):
+        return data.rfind(b"\n") + 1
+    for tail in (data[-READ_BYTES:], data):  # the first will mostly do
+        start = len(data) - len(tail)
+        feeds = _feeds(np.frombuffer(tail, np.uint8), _quotes(tail), data.count(b'"', 0, start) % 2 == 1)
+        if len(feeds):
+            return start + int(feeds[-1]) + 1
+    return 0
+
+
 def _after_feed(data: bytes, inside: bool, layout: Layout) -> int | None:
     feeds = _feeds(np.frombuffer(data, np.uint8), _enclosing(data, layout), inside)
     return int(feeds[0]) + 1 if len(feeds) else None
@@ -220,23 +235,23 @@ def _feeds(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], inside: bo
     return feeds[(np.searchsorted(quotes, feeds) + inside) % 2 == 0] if len(quotes) or inside else feeds
 
 
-def _misplaced(
-    raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], opens: npt.NDArray[np.bool_], layout: Layout
-) -> npt.NDArray[np.int64]:
-    """Quotation marks that neither begin nor end a cell nor are one of a pair."""
-    padded = np.concatenate(([_LF], raw, [_LF, _LF])) if len(quotes) else raw
+def _misplaced(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], layout: Layout) -> npt.NDArray[np.int64]:
+    """Of quotation marks, an even number in each row: those that neither begin nor end a cell nor are one of a pair."""
+    padded = np.pad(raw, (1, 2), constant_values=_LF)
     delimiter = ord(layout.delimiter)
-    opening, closing = quotes[opens], quotes[~opens]
-    before, after, second = padded[opening], padded[closing + 2], padded[closing + 3]
+    opening, closing = quotes[::2], quotes[1::2]
+    before, after = padded[opening], padded[closing + 2]
     begins = (before == delimiter) | (before == _LF) | (before == _QUOTE)
-    ends = (after == delimiter) | (after == _LF) | (after == _QUOTE) | ((after == _CR) & (second == _LF))
+    ends = (after == delimiter) | (after == _LF) | (after == _QUOTE)
+    returns = np.flatnonzero(after == _CR)
+    ends[returns] = padded[closing[returns] + 3] == _LF
     return np.concatenate((opening[~begins], closing[~ends]))
 
 
 def _lone_returns(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """Carriage returns that no line feed follows: outside quotation marks, Arrow would end the row there."""
     returns = np.flatnonzero(raw == _CR)
-    lone: npt.NDArray[np.int64] = returns[np.append(raw, 0)[returns + 1] != _LF]
+    lone: npt.NDArray[np.int64] = returns[raw[np.minimum(returns + 1, len(raw) - 1)] != _LF]
     return lone
 
 
