@@ -1,9 +1,9 @@
 """CSV bytes to rows: where each begins and ends, which cannot be read, and the cells of the others.
 
-Only what is here decides that, so that a file gives the same rows however it is cut into pieces. A row ends with a line
-feed, or where the file ends; a row without a character is none. A cell may be put in quotation marks, which are doubled
-inside it; one that stands elsewhere, or is not closed, makes its row a bad one, as do a carriage return that no line
-feed follows, bytes that are not UTF-8, and more than `ROW_BYTES`.
+Only what is here decides that, so that a file gives the same rows to the trainer as to the preparation, however that
+cuts it into pieces. A row ends with a line feed, or where the file ends; a row without a character is none. A cell may
+be put in quotation marks, which are doubled inside it; one that stands elsewhere, or is not closed, makes its row a bad
+one, as do a carriage return that no line feed follows, bytes that are not UTF-8, and more than `ROW_BYTES`.
 
 Line feeds within quotation marks end no row if the layout is `multiline`. Then a single stray mark turns the rows after
 it into one: a record may decide about others, which no accountant knows of.
@@ -11,9 +11,7 @@ it into one: a record may decide about others, which no accountant knows of.
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -113,12 +111,7 @@ def cells(rows: Rows, names: list[str], used: dict[str, pa.DataType], layout: La
     table = pa.csv.read_csv(
         pa.BufferReader(data),
         pa.csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names),
-        pa.csv.ParseOptions(
-            delimiter=layout.delimiter,
-            quote_char='"' if layout.quotes else False,
-            newlines_in_values=layout.quotes and layout.multiline,
-            invalid_row_handler=skip,
-        ),
+        _parse_options(layout, skip),
         pa.csv.ConvertOptions(
             include_columns=list(used),
             column_types=used,
@@ -130,6 +123,30 @@ def cells(rows: Rows, names: list[str], used: dict[str, pa.DataType], layout: La
     rows.reasons[good[wrong]] = Reason.WIDTH
     assert table.num_rows + len(wrong) == len(good), "pyarrow finds other rows than fastdp.csvrows"
     return table
+
+
+def cells_of(text: bytes, layout: Layout) -> list[str]:
+    """The cells of one row that can be read, without its end; they may be of any number."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    row = (BOM + text if text.startswith(BOM) else text) + b"\n"  # Arrow takes one off
+    options = pa.csv.ReadOptions(use_threads=False, block_size=len(row) + 1)
+    # As names of columns: those are not converted.
+    found: list[str] = pa.csv.read_csv(pa.BufferReader(row), options, _parse_options(layout)).column_names
+    return found
+
+
+def _parse_options(layout: Layout, invalid_row_handler: Callable[[Any], str] | None = None) -> pa.csv.ParseOptions:
+    import pyarrow as pa
+    import pyarrow.csv
+
+    return pa.csv.ParseOptions(
+        delimiter=layout.delimiter,
+        quote_char='"' if layout.quotes else False,
+        newlines_in_values=layout.quotes and layout.multiline,
+        invalid_row_handler=invalid_row_handler,
+    )
 
 
 def piece(file: IO[bytes], start: int, stop: int, inside: bool | None, layout: Layout) -> tuple[bytes, int]:
@@ -181,26 +198,20 @@ def blocks(stream: IO[bytes], layout: Layout, size: int) -> Iterator[tuple[int, 
 
 
 def head(stream: IO[bytes], layout: Layout) -> tuple[list[str] | None, int]:
-    """The names of the columns in a file's first row, and where its records begin.
+    """The cells of a file's first row, and where its records begin: after it, if it names the columns.
 
-    None: it has no row with names, or shall have none. A byte order mark and comments stand before everything.
+    None: there is no row, or it cannot be read. A byte order mark and comments stand before everything.
     """
     start = stream.read(READ_BYTES + ROW_BYTES)
     offset = len(BOM) if start.startswith(BOM) else 0
     while layout.comment and start.startswith(layout.comment.encode(), offset):
         feed = start.find(b"\n", offset)
         offset = len(start) if feed < 0 else feed + 1
-    if not layout.header:
-        return None, offset
     rows = split(start[offset:], layout)
     if not len(rows) or rows.reasons[0] != Reason.GOOD:
         return None, offset
-    (names,) = csv.reader(
-        io.StringIO(rows.text(0).decode(), newline=""),
-        delimiter=layout.delimiter,
-        quoting=csv.QUOTE_MINIMAL if layout.quotes else csv.QUOTE_NONE,
-    )
-    return [name.strip() if layout.strip else name for name in names], offset + int(rows.ends[0])
+    first = [cell.strip() if layout.strip else cell for cell in cells_of(rows.text(0), layout)]
+    return first, offset + int(rows.ends[0]) if layout.header else offset
 
 
 def _after_last_feed(data: bytes, layout: Layout) -> int:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from fastdp.columns import Column, Layout, Schema
+from fastdp.columns import Column, Schema
 from fastdp.data import Table, check_finite, load
 from fastdp.errors import ArgumentError
 from fastdp.files import parse_or_raise
@@ -197,7 +197,7 @@ def column(name: str) -> Column:
 
 
 def cells_of(name: str, texts: list[str]) -> np.ndarray:
-    return parse_or_raise(column(name), pa.array(texts), Layout())
+    return parse_or_raise({name: pa.array(texts)}, Schema("one", False, (column(name),)))[name]
 
 
 def test_small_contract() -> None:

@@ -192,7 +192,10 @@ def test_adult_without_header(here: Path, capfd: pytest.CaptureFixture[str]) -> 
         assert found["p(>50K)"] == pytest.approx([share], rel=1e-6)
     Path("new.csv").write_text(UCI.rpartition(",")[0] + "\n")
     status, _, err = run(capfd, "run", "--data", "new.csv")
-    assert status == 2 and "Expected 15 columns, got 13" in err
+    assert status == 2 and "cells in row 0 of new.csv=13: must be 15, one for each column" in err
+    Path("new.csv").write_text(UCI + ', "x"\n')
+    status, _, err = run(capfd, "run", "--data", "new.csv")
+    assert status == 2 and "row 0 of new.csv='quotes': must be without stray quotation marks" in err
 
 
 def test_a_prepared_table_with_codes(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

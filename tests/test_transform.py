@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_csvrows import lines, oracle
 
-from fastdp import csvrows, pieces, transform
+from fastdp import csvrows, files, pieces, transform
 from fastdp.columns import Reason, Schema
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
@@ -243,7 +243,7 @@ def test_csv_is_what_a_loop_over_rows_makes(
     else:
         compare(found, [(text, expect(cells)) for text, cells in split], places, target)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transform, "_nulls_are_no_numbers", lambda layout: False)
+        patch.setattr(files, "_nulls_are_no_numbers", lambda layout: False)
         same(found, transform.of_csv(data, source(), 70, NAMES, schema))
 
 
