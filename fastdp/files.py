@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import gzip
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +26,35 @@ if TYPE_CHECKING:  # 0.5 s to import, and only tables from files need it
 
 KINDS: Final = {
     ".csv": "csv",
-    ".csv.gz": "csv",
+    ".txt": "csv",
+    ".tsv": "csv",
+    ".data": "csv",
+    ".test": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
     ".ipc": "arrow",
 }
-ENDINGS: Final = ", ".join(KINDS)
+TEXT: Final = ("csv", "json")  # kinds that may be compressed, with .gz after the ending
 
 # Rows that are encoded at once: the temporaries of a column stay in the cache, the calls per batch do not count.
 BATCH_ROWS = 65536
 CSV_BLOCK_BYTES = 8 << 20
 
 
-def kind_of(path: Path) -> str | None:
-    """What a file's ending says it is."""
-    return next((kind for ending, kind in KINDS.items() if path.name.lower().endswith(ending)), None)
+def kind_of(name: str) -> str | None:
+    """What a file is by the ending of its name."""
+    plain = name.lower().removesuffix(".gz")
+    kind = next((kind for ending, kind in KINDS.items() if plain.endswith(ending)), None)
+    return kind if kind in TEXT or plain == name.lower() else None
+
+
+def endings(kinds: Container[str]) -> str:
+    """Of files of these kinds, for messages."""
+    return ", ".join(f"{ending}[.gz]" if kind in TEXT else ending for ending, kind in KINDS.items() if kind in kinds)
 
 
 def list_files(argument: str, path: Path) -> list[Path]:
@@ -53,10 +66,11 @@ def list_files(argument: str, path: Path) -> list[Path]:
     files = [path]
     if path.is_dir():
         files = sorted((p for p in path.iterdir() if p.name[0] not in "._"), key=lambda p: p.name)
-        require(bool(files), argument, str(path), f"a folder with files that end in {ENDINGS}")
+        require(bool(files), argument, str(path), f"a folder with files that end in {endings(_READ)}")
     for file in files:
-        require(file.is_file() and kind_of(file) is not None, argument, str(file), f"a file that ends in {ENDINGS}")
-    kinds = sorted({kind_of(file) or "" for file in files})
+        readable = file.is_file() and kind_of(file.name) in _READ
+        require(readable, argument, str(file), f"a file that ends in {endings(_READ)}")
+    kinds = sorted({kind_of(file.name) or "" for file in files})
     require(len(kinds) == 1, argument, str(path), f"a folder of files of one kind, not of {' and '.join(kinds)}")
     return files
 
@@ -70,7 +84,7 @@ def read(argument: str, path: Path, schema: Schema) -> Batch:
     """
     parts: list[Batch] = []
     for file in list_files(argument, path):
-        kind = kind_of(file) or ""
+        kind = kind_of(file.name) or ""
         with reading(argument, file, kind):
             first_row = 0
             for cells in _READ[kind](argument, file, schema):
@@ -372,6 +386,7 @@ def _read_arrow(argument: str, file: Path, schema: Schema) -> Cells:
             yield {name: batch.column(name) for name in used}
 
 
+# JSON lines are for spark_jobs/prepare.py only.
 _READ: Final[dict[str, Callable[[str, Path, Schema], Cells]]] = {
     "csv": _read_csv,
     "parquet": _read_parquet,

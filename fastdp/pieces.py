@@ -13,23 +13,8 @@ from typing import Any, Final, Literal
 from fastdp import csvrows, shards, transform
 from fastdp.columns import Layout, Schema
 from fastdp.errors import ArgumentError
-from fastdp.files import csv_head, open_bytes, reading, used_columns
+from fastdp.files import KINDS, csv_head, endings, kind_of, open_bytes, reading, used_columns
 from fastdp.transform import Source
-
-KINDS: Final = {
-    ".csv": "csv",
-    ".txt": "csv",
-    ".tsv": "csv",
-    ".data": "csv",
-    ".test": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-}
 
 # Of a piece: tens of milliseconds of Spark's to a second of ours; some 0.5 GB of memory at work for a row of 40 bytes.
 PIECE_BYTES: Final = 16 << 20
@@ -52,12 +37,10 @@ class Piece:
 
 def source(path: Path, name: str, split: Literal["train", "test"] | None = None) -> Source:
     """ArgumentError if the file's ending is not one of a table."""
-    plain = name.lower().removesuffix(".gz")
-    kind = next((kind for ending, kind in KINDS.items() if plain.endswith(ending)), None)
-    gzipped = name.lower().endswith(".gz")
-    if kind is None or (gzipped and kind not in ("csv", "json")):
-        raise ArgumentError("input", str(path), f"a file that ends in {', '.join(KINDS)}, or .csv.gz or .json.gz")
-    about = path.stat()
+    kind = kind_of(name)
+    if kind is None:
+        raise ArgumentError("input", str(path), f"a file that ends in {endings(KINDS.values())}")
+    about, gzipped = path.stat(), name.lower().endswith(".gz")
     return Source(str(path.absolute()), name, kind, gzipped, about.st_size, about.st_mtime_ns, split)
 
 

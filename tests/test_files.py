@@ -165,19 +165,27 @@ def test_many_batches_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         read(csv(tmp_path, "\n".join(lines), header=""))
 
 
+@pytest.mark.parametrize("name", ["t.tsv", "t.txt.gz", "t.TXT", "t.data", "t.test.gz"])
+def test_text_may_have_other_endings(name: str, tmp_path: Path) -> None:
+    wanted = read(csv(tmp_path, GOOD * 3))
+    text = (HEADER + GOOD * 3).replace(",", "\t").encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    found = read(tmp_path / name, CONTRACT.replace("[file]", '[file]\ndelimiter = "\\t"'))
+    assert all(map(torch.equal, found, wanted))
+
+
 def columns_of(path: Path) -> list[Any]:
     from pyarrow import csv as reader
 
     return reader.read_csv(path).columns
 
 
-def test_ucis_adult_is_the_embedded_one(tmp_path: Path) -> None:
+def test_ucis_adult_is_the_embedded_one() -> None:
     if "FASTDP_DATA" not in os.environ:
         pytest.skip("FASTDP_DATA is not set: UCI's raw files are not here to compare with")
-    for split in ("data", "test"):
-        (tmp_path / f"{split}.csv").symlink_to(Path(os.environ["FASTDP_DATA"]) / "adult" / f"adult.{split}")
+    raw = Path(os.environ["FASTDP_DATA"]) / "adult"
     contract = Path(data.__file__).parent / "datasets" / "adult.toml"
-    table, embedded = load(str(tmp_path / "data.csv"), contract, tmp_path / "test.csv"), load("adult")
+    table, embedded = load(str(raw / "adult.data"), contract, raw / "adult.test"), load("adult")
     for name in ("train_features", "train_labels", "test_features", "test_labels"):
         assert torch.equal(getattr(table, name), getattr(embedded, name)), name
     assert (table.feature_names, table.class_names) == (embedded.feature_names, embedded.class_names)
@@ -266,10 +274,13 @@ def test_bad_files_are_named(tmp_path: Path, schema: Path) -> None:
         assert text.startswith(message) and "\n" not in text, text
 
     (tmp_path / "t.xlsx").touch()
-    fails("data='t.xlsx': must be a file that ends in .csv, .csv.gz, .parquet", "t.xlsx")
+    fails("data='t.xlsx': must be a file that ends in .csv[.gz], .txt[.gz], .tsv[.gz], .data[.gz], .test", "t.xlsx")
+    for name in ("t.jsonl", "t.json.gz", "t.parquet.gz", "t.gz"):
+        (tmp_path / name).touch()
+        fails(f"data='{name}': must be a file that ends in .csv[.gz]", name)
     for name in ("t.parquet", "t.arrow", "t.csv.gz"):
         (tmp_path / name).write_bytes(b"PAR1 but no Parquet")
-        fails(f"data='{name}': must be a {files.kind_of(Path(name))} file that can be read (", name)
+        fails(f"data='{name}': must be a {files.kind_of(name)} file that can be read (", name)
     (tmp_path / "empty.csv").touch()
     fails("data='empty.csv': must be a table with at least one row", "empty.csv")
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress((HEADER + GOOD * 1000).encode())[:-9])
