@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from raw_tables import HOSTILE, NAMES, contract, joined, refine
 from test_csvrows import lines
-from test_transform import HOSTILE, NAMES, contract, joined, refine
 
 from fastdp import csvrows, files
 from fastdp.errors import ArgumentError
