@@ -21,66 +21,37 @@ from fastdp import pieces, transform
 from fastdp.columns import Schema
 from fastdp.schema import parse_schema
 
-CONTRACT = """
-format = 1
-name = "people"
-[file]
-multiline = true
-nulls = NULLS
-strip = STRIP
-[[column]]
-name = "age"
-type = "number"
-bounds = [0, 100]
-bins = [30, 60]
-missing = 40
-[[column]]
-name = "debt"
-type = "number"
-bounds = [0, 1000]
-scale = "log"
-missing = "indicator"
-[[column]]
-name = "height"
-type = "number"
-bounds = [1, 2]
-scale = "none"
-bins = [1.5]
-[[column]]
-name = "job"
-type = "category"
-values = ["clerk", ["none", "?"], "été"]
-missing = "none"
-other = "rest"
-[[column]]
-name = "town"
-type = "category"
-values = ["A", "B"]
-other = "B"
-encode = "code"
-[[column]]
-name = "member"
-type = "boolean"
-missing = "true"
-[[column]]
-name = "zip"
-type = "ignore"
-[[column]]
-name = "repaid"
-LABEL
-[prepare]
-test = TEST
-"""
-LABEL = 'type = "label"\nvalues = [["no", "-"], "yes", "perhaps"]'
-TARGET = 'type = "target"\nbounds = [-10, 10]\nscale = "log"'
-NAMES = ["age", "debt", "height", "job", "town", "member", "zip", "repaid"]
+
+def toml(name: str, columns: dict[str, dict[str, Any]], **tables: dict[str, Any]) -> str:
+    """A contract's text. columns: fields by name; tables: those of [file] and [prepare]."""
+
+    def fields(of: dict[str, Any]) -> str:
+        return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in of.items())
+
+    parts = [fields({"format": 1, "name": name}), *(f"[{key}]\n{fields(of)}" for key, of in tables.items())]
+    return "".join(parts + ["[[column]]\n" + fields({"name": key, **of}) for key, of in columns.items()])
+
+
+LABEL: dict[str, Any] = {"type": "label", "values": [["no", "-"], "yes", "perhaps"]}
+TARGET: dict[str, Any] = {"type": "target", "bounds": [-10, 10], "scale": "log"}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "age": {"type": "number", "bounds": [0, 100], "bins": [30, 60], "missing": 40},
+    "debt": {"type": "number", "bounds": [0, 1000], "scale": "log", "missing": "indicator"},
+    "height": {"type": "number", "bounds": [1, 2], "scale": "none", "bins": [1.5]},
+    "job": {"type": "category", "values": ["clerk", ["none", "?"], "été"], "missing": "none", "other": "rest"},
+    "town": {"type": "category", "values": ["A", "B"], "other": "B", "encode": "code"},
+    "member": {"type": "boolean", "missing": "true"},
+    "zip": {"type": "ignore"},
+    "repaid": LABEL,
+}
+NAMES = list(COLUMNS)
 NULLS = ("", "NA")
 
 
-def contract(label: str = LABEL, strip: bool = True, test: float = 0, nulls: tuple[str, ...] = NULLS) -> str:
+def contract(label: dict[str, Any] = LABEL, strip: bool = True, test: float = 0, nulls: tuple[str, ...] = NULLS) -> str:
     """Its text."""
-    text = CONTRACT.replace("LABEL", label).replace("STRIP", str(strip).lower()).replace("TEST", str(test))
-    return text.replace("NULLS", json.dumps(list(nulls)))
+    file = {"multiline": True, "nulls": nulls, "strip": strip}
+    return toml("people", {**COLUMNS, "repaid": label}, file=file, prepare={"test": test})
 
 
 def source(kind: str = "csv", name: str = "t") -> transform.Source:

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from raw_tables import toml
 
 from fastdp.columns import Column, Schema
 from fastdp.data import Table, check_finite, load
@@ -169,27 +170,15 @@ def test_nan_and_inf_are_refused(value: float) -> None:
         check_finite(features)
 
 
-SMALL = """
-format = 1
-name = "small"
-[[column]]
-name = "x"
-type = "number"
-bounds = [0, 10]
-scale = "linear"
-bins = [5]
-[[column]]
-name = "colour"
-type = "category"
-values = ["red", "?"]
-[[column]]
-name = "note"
-type = "ignore"
-[[column]]
-name = "y"
-type = "label"
-values = ["no", "yes"]
-"""
+SMALL = toml(
+    "small",
+    {
+        "x": {"type": "number", "bounds": [0, 10], "scale": "linear", "bins": [5]},
+        "colour": {"type": "category", "values": ["red", "?"]},
+        "note": {"type": "ignore"},
+        "y": {"type": "label", "values": ["no", "yes"]},
+    },
+)
 
 
 def column(name: str) -> Column:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from raw_tables import COLUMNS, toml
 from torch.utils.data import Dataset
 
 from fastdp import data, files
@@ -26,36 +27,17 @@ from fastdp.data import Table, load
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
 
-CONTRACT = """
-format = 1
-name = "people"
-[file]
-nulls = ["", "NA"]
-[[column]]
-name = "age"
-type = "number"
-bounds = [0, 100]
-bins = [30]
-missing = 40
-[[column]]
-name = "debt"
-type = "number"
-bounds = [0, 1000]
-scale = "log"
-missing = "indicator"
-[[column]]
-name = "job"
-type = "category"
-values = ["clerk", ["none", "?"], "été"]
-missing = "none"
-[[column]]
-name = "zip"
-type = "ignore"
-[[column]]
-name = "repaid"
-type = "label"
-values = ["0", "1"]
-"""
+CONTRACT = toml(
+    "people",
+    {
+        "age": {"type": "number", "bounds": [0, 100], "bins": [30], "missing": 40},
+        "debt": COLUMNS["debt"],
+        "job": {"type": "category", "values": ["clerk", ["none", "?"], "été"], "missing": "none"},
+        "zip": {"type": "ignore"},
+        "repaid": {"type": "label", "values": ["0", "1"]},
+    },
+    file={"nulls": ["", "NA"]},
+)
 REGRESSION = CONTRACT.replace('type = "label"\nvalues = ["0", "1"]', 'type = "target"\nbounds = [-10, 10]')
 HEADER = "age,debt,job,zip,repaid\n"
 

@@ -18,36 +18,22 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from raw_tables import COLUMNS, toml
 
 from fastdp import data, metrics, models, predict, shards, train
 from fastdp.columns import Batch
 from fastdp.schema import parse_schema
 
-SCHEMA = """
-format = 1
-name = "loans"
-[[column]]
-name = "age"
-type = "number"
-bounds = [18, 90]
-missing = 40
-[[column]]
-name = "debt"
-type = "number"
-bounds = [0, 1000]
-scale = "log"
-missing = "indicator"
-[[column]]
-name = "job"
-type = "category"
-values = ["clerk", "nurse"]
-other = "other"
-[[column]]
-name = "zip"
-type = "ignore"
-[[column]]
-name = "outcome"
-"""
+SCHEMA = toml(
+    "loans",
+    {
+        "age": {"type": "number", "bounds": [18, 90], "missing": 40},
+        "debt": COLUMNS["debt"],
+        "job": {"type": "category", "values": ["clerk", "nurse"], "other": "other"},
+        "zip": {"type": "ignore"},
+        "outcome": {},
+    },
+)
 TASKS = {
     "binary": 'type = "label"\nvalues = ["no", ["yes", "y"]]\n',
     "multi-class": 'type = "label"\nvalues = ["low", "middle, or so", "high"]\n',
