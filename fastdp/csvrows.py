@@ -1,9 +1,9 @@
 """CSV bytes to rows: where each begins and ends, which cannot be read, and the cells of the others.
 
-Only what is here decides that, so that a file gives the same rows however it is cut into pieces. A row ends with a line
-feed, or where the file ends; a row without a character is none. A cell may be put in quotation marks, which are doubled
-inside it; one that stands elsewhere, or is not closed, makes its row a bad one, as do a carriage return that no line
-feed follows, bytes that are not UTF-8, and more than `ROW_BYTES`.
+Only what is here decides that, so that a file gives the same rows to the trainer as to the preparation, however that
+cuts it into pieces. A row ends with a line feed, or where the file ends; a row without a character is none. A cell may
+be put in quotation marks, which are doubled inside it; one that stands elsewhere, or is not closed, makes its row a bad
+one, as do a carriage return that no line feed follows, bytes that are not UTF-8, and more than `ROW_BYTES`.
 
 Line feeds within quotation marks end no row if the layout is `multiline`. Then a single stray mark turns the rows after
 it into one: a record may decide about others, which no accountant knows of.
@@ -11,9 +11,7 @@ it into one: a record may decide about others, which no accountant knows of.
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -77,13 +75,17 @@ def split(data: bytes, layout: Layout) -> Rows:
     starts = np.concatenate(([0], ends[:-1])) if len(ends) else ends
     reasons = np.full(len(ends), Reason.GOOD, np.uint8)
     quotes = _quotes(data) if layout.quotes else _NONE
-    number = np.arange(len(quotes)) - np.searchsorted(quotes, starts)[np.searchsorted(ends, quotes, side="right")]
-    reasons[np.searchsorted(ends, _misplaced(raw, quotes, number % 2 == 0, layout), side="right")] = Reason.QUOTES
-    reasons[(np.searchsorted(quotes, ends) - np.searchsorted(quotes, starts)) % 2 == 1] = Reason.QUOTES
+    before = np.searchsorted(quotes, starts)  # how many
+    if len(quotes):
+        counts = np.diff(before, append=len(quotes))
+        unclosed = counts % 2 == 1
+        reasons[unclosed] = Reason.QUOTES
+        pairs = quotes[np.repeat(~unclosed, counts)] if unclosed.any() else quotes
+        reasons[np.searchsorted(ends, _misplaced(raw, pairs, layout), side="right")] = Reason.QUOTES
     if b"\r" in data:
         returns = _lone_returns(raw)
         within = np.searchsorted(ends, returns, side="right")
-        outside = (np.searchsorted(quotes, returns) - np.searchsorted(quotes, starts)[within]) % 2 == 0
+        outside = (np.searchsorted(quotes, returns) - before[within]) % 2 == 0
         reasons[within[outside]] = Reason.QUOTES
     reasons[ends - starts > ROW_BYTES] = Reason.LONG
     empty = (raw[starts] == _LF) | ((ends - starts == 2) & (raw[starts] == _CR) & (raw[ends - 1] == _LF))
@@ -119,12 +121,7 @@ def cells(rows: Rows, names: list[str], used: dict[str, pa.DataType], layout: La
     table = pa.csv.read_csv(
         pa.BufferReader(data),
         pa.csv.ReadOptions(use_threads=False, block_size=len(data) + 1, column_names=names),
-        pa.csv.ParseOptions(
-            delimiter=layout.delimiter,
-            quote_char='"' if layout.quotes else False,
-            newlines_in_values=layout.quotes and layout.multiline,
-            invalid_row_handler=skip,
-        ),
+        _parse_options(layout, skip),
         pa.csv.ConvertOptions(
             include_columns=list(used),
             column_types=used,
@@ -136,6 +133,30 @@ def cells(rows: Rows, names: list[str], used: dict[str, pa.DataType], layout: La
     rows.reasons[good[wrong]] = Reason.WIDTH
     assert table.num_rows + len(wrong) == len(good), "pyarrow finds other rows than fastdp.csvrows"
     return table
+
+
+def cells_of(text: bytes, layout: Layout) -> list[str]:
+    """The cells of one row that can be read, without its end; they may be of any number."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    row = (BOM + text if text.startswith(BOM) else text) + b"\n"  # Arrow takes one off
+    options = pa.csv.ReadOptions(use_threads=False, block_size=len(row) + 1)
+    # As names of columns: those are not converted.
+    found: list[str] = pa.csv.read_csv(pa.BufferReader(row), options, _parse_options(layout)).column_names
+    return found
+
+
+def _parse_options(layout: Layout, invalid_row_handler: Callable[[Any], str] | None = None) -> pa.csv.ParseOptions:
+    import pyarrow as pa
+    import pyarrow.csv
+
+    return pa.csv.ParseOptions(
+        delimiter=layout.delimiter,
+        quote_char='"' if layout.quotes else False,
+        newlines_in_values=layout.quotes and layout.multiline,
+        invalid_row_handler=invalid_row_handler,
+    )
 
 
 def piece(file: IO[bytes], start: int, stop: int, inside: bool | None, layout: Layout) -> tuple[bytes, int]:
@@ -169,8 +190,7 @@ def blocks(stream: IO[bytes], layout: Layout, size: int) -> Iterator[tuple[int, 
     offset, carry = 0, b""
     while chunk := stream.read(size):
         data = carry + chunk
-        feeds = _feeds(np.frombuffer(data, np.uint8), _enclosing(data, layout), False)
-        cut = int(feeds[-1]) + 1 if len(feeds) else 0
+        cut = _after_last_feed(data, layout)
         if cut:
             yield offset, data[:cut]
         offset, carry = offset + cut, data[cut:]
@@ -188,26 +208,32 @@ def blocks(stream: IO[bytes], layout: Layout, size: int) -> Iterator[tuple[int, 
 
 
 def head(stream: IO[bytes], layout: Layout) -> tuple[list[str] | None, int]:
-    """The names of the columns in a file's first row, and where its records begin.
+    """The cells of a file's first row, and where its records begin: after it, if it names the columns.
 
-    None: it has no row with names, or shall have none. A byte order mark and comments stand before everything.
+    None: there is no row, or it cannot be read. A byte order mark and comments stand before everything.
     """
     start = stream.read(READ_BYTES + ROW_BYTES)
     offset = len(BOM) if start.startswith(BOM) else 0
     while layout.comment and start.startswith(layout.comment.encode(), offset):
         feed = start.find(b"\n", offset)
         offset = len(start) if feed < 0 else feed + 1
-    if not layout.header:
-        return None, offset
     rows = split(start[offset:], layout)
     if not len(rows) or rows.reasons[0] != Reason.GOOD:
         return None, offset
-    (names,) = csv.reader(
-        io.StringIO(rows.text(0).decode(), newline=""),
-        delimiter=layout.delimiter,
-        quoting=csv.QUOTE_MINIMAL if layout.quotes else csv.QUOTE_NONE,
-    )
-    return [name.strip() if layout.strip else name for name in names], offset + int(rows.ends[0])
+    first = [cell.strip() if layout.strip else cell for cell in cells_of(rows.text(0), layout)]
+    return first, offset + int(rows.ends[0]) if layout.header else offset
+
+
+def _after_last_feed(data: bytes, layout: Layout) -> int:
+    """Where the last row ends in a text that begins with a row; 0: none does."""
+    if not (layout.quotes and layout.multiline):
+        return data.rfind(b"\n") + 1
+    for tail in (data[-READ_BYTES:], data):  # the first will mostly do
+        start = len(data) - len(tail)
+        feeds = _feeds(np.frombuffer(tail, np.uint8), _quotes(tail), data.count(b'"', 0, start) % 2 == 1)
+        if len(feeds):
+            return start + int(feeds[-1]) + 1
+    return 0
 
 
 def _after_feed(data: bytes, inside: bool, layout: Layout) -> int | None:
@@ -230,23 +256,23 @@ def _feeds(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], inside: bo
     return feeds[(np.searchsorted(quotes, feeds) + inside) % 2 == 0] if len(quotes) or inside else feeds
 
 
-def _misplaced(
-    raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], opens: npt.NDArray[np.bool_], layout: Layout
-) -> npt.NDArray[np.int64]:
-    """Quotation marks that neither begin nor end a cell nor are one of a pair."""
-    padded = np.concatenate(([_LF], raw, [_LF, _LF])) if len(quotes) else raw
+def _misplaced(raw: npt.NDArray[np.uint8], quotes: npt.NDArray[np.int64], layout: Layout) -> npt.NDArray[np.int64]:
+    """Of quotation marks, an even number in each row: those that neither begin nor end a cell nor are one of a pair."""
+    padded = np.pad(raw, (1, 2), constant_values=_LF)
     delimiter = ord(layout.delimiter)
-    opening, closing = quotes[opens], quotes[~opens]
-    before, after, second = padded[opening], padded[closing + 2], padded[closing + 3]
+    opening, closing = quotes[::2], quotes[1::2]
+    before, after = padded[opening], padded[closing + 2]
     begins = (before == delimiter) | (before == _LF) | (before == _QUOTE)
-    ends = (after == delimiter) | (after == _LF) | (after == _QUOTE) | ((after == _CR) & (second == _LF))
+    ends = (after == delimiter) | (after == _LF) | (after == _QUOTE)
+    returns = np.flatnonzero(after == _CR)
+    ends[returns] = padded[closing[returns] + 3] == _LF
     return np.concatenate((opening[~begins], closing[~ends]))
 
 
 def _lone_returns(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """Carriage returns that no line feed follows: outside quotation marks, Arrow would end the row there."""
     returns = np.flatnonzero(raw == _CR)
-    lone: npt.NDArray[np.int64] = returns[np.append(raw, 0)[returns + 1] != _LF]
+    lone: npt.NDArray[np.int64] = returns[raw[np.minimum(returns + 1, len(raw) - 1)] != _LF]
     return lone
 
 

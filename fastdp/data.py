@@ -55,7 +55,7 @@ def load(
     path = Path(data)
     is_prepared = data not in EMBEDDED and prepared.is_prepared(path)
     require(is_prepared or not verify, "verify", verify, f"absent for data={data!r}: it is for prepared folders")
-    if data not in EMBEDDED and not is_prepared and (path.exists() or files.kind_of(path) is not None):
+    if data not in EMBEDDED and not is_prepared and (path.exists() or files.kind_of(data) is not None):
         require(schema is not None, "schema", None, f"a TOML file that declares the columns of {data}")
         assert schema is not None
         evaluation = None if evaluation_data is None else Path(evaluation_data)
@@ -73,7 +73,7 @@ def load(
     if attributes.is_spec(data):
         return _from_attribute(data)
     known = ", ".join(map(repr, EMBEDDED))
-    raise ArgumentError("data", data, f"{known}, a file or folder that exists ({files.ENDINGS}), or module:attribute")
+    raise ArgumentError("data", data, f"{known}, a file or folder that exists, or module:attribute")
 
 
 def _embedded(name: str) -> Table:

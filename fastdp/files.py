@@ -5,15 +5,19 @@ pyarrow does what touches every cell: reading, stripping, looking up in the voca
 
 from __future__ import annotations
 
+import functools
 import gzip
-import itertools
-import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Final
 
 import numpy as np
+import numpy.typing as npt
 
+from fastdp import csvrows
 from fastdp.columns import Array, Batch, CellError, Column, Layout, Reason, Schema
 from fastdp.errors import ArgumentError, require
 
@@ -22,22 +26,35 @@ if TYPE_CHECKING:  # 0.5 s to import, and only tables from files need it
 
 KINDS: Final = {
     ".csv": "csv",
-    ".csv.gz": "csv",
+    ".txt": "csv",
+    ".tsv": "csv",
+    ".data": "csv",
+    ".test": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".feather": "arrow",
     ".ipc": "arrow",
 }
-ENDINGS: Final = ", ".join(KINDS)
+TEXT: Final = ("csv", "json")  # kinds that may be compressed, with .gz after the ending
 
 # Rows that are encoded at once: the temporaries of a column stay in the cache, the calls per batch do not count.
 BATCH_ROWS = 65536
-CSV_BLOCK_BYTES = 8 << 20  # no row may be longer
+CSV_BLOCK_BYTES = 8 << 20
 
 
-def kind_of(path: Path) -> str | None:
-    """What a file's ending says it is."""
-    return next((kind for ending, kind in KINDS.items() if path.name.lower().endswith(ending)), None)
+def kind_of(name: str) -> str | None:
+    """What a file is by the ending of its name."""
+    plain = name.lower().removesuffix(".gz")
+    kind = next((kind for ending, kind in KINDS.items() if plain.endswith(ending)), None)
+    return kind if kind in TEXT or plain == name.lower() else None
+
+
+def endings(kinds: Container[str]) -> str:
+    """Of files of these kinds, for messages."""
+    return ", ".join(f"{ending}[.gz]" if kind in TEXT else ending for ending, kind in KINDS.items() if kind in kinds)
 
 
 def list_files(argument: str, path: Path) -> list[Path]:
@@ -49,10 +66,11 @@ def list_files(argument: str, path: Path) -> list[Path]:
     files = [path]
     if path.is_dir():
         files = sorted((p for p in path.iterdir() if p.name[0] not in "._"), key=lambda p: p.name)
-        require(bool(files), argument, str(path), f"a folder with files that end in {ENDINGS}")
+        require(bool(files), argument, str(path), f"a folder with files that end in {endings(_READ)}")
     for file in files:
-        require(file.is_file() and kind_of(file) is not None, argument, str(file), f"a file that ends in {ENDINGS}")
-    kinds = sorted({kind_of(file) or "" for file in files})
+        readable = file.is_file() and kind_of(file.name) in _READ
+        require(readable, argument, str(file), f"a file that ends in {endings(_READ)}")
+    kinds = sorted({kind_of(file.name) or "" for file in files})
     require(len(kinds) == 1, argument, str(path), f"a folder of files of one kind, not of {' and '.join(kinds)}")
     return files
 
@@ -61,29 +79,67 @@ def read(argument: str, path: Path, schema: Schema) -> Batch:
     """All rows.
 
     argument: what the path was given as, for messages.
-    Raises ArgumentError naming the file, or the column, row (from 0, header not counted) and value.
+    Raises ArgumentError naming the file, or the first row (from 0, header not counted) that cannot be used and its
+    column and value, or why it cannot be read.
     """
-    import pyarrow as pa
-
     parts: list[Batch] = []
     for file in list_files(argument, path):
-        try:
-            names, batches = _OPEN[kind_of(file) or ""](file, schema)
-            used = used_columns(names, file.name, schema)
+        kind = kind_of(file.name) or ""
+        with reading(argument, file, kind):
             first_row = 0
-            for batch in batches(used):
+            for cells in _READ[kind](argument, file, schema):
                 try:
-                    parts.append(_encode(batch, schema))
+                    parts.append(schema.encode(parse_or_raise(cells, schema)))
                 except CellError as error:
                     raise error.at(first_row, file.name) from None
-                first_row += batch.num_rows
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            # A row of another length would be shown whole, with the columns that are not read.
-            reason = re.sub(r"(columns, got \d+):.*", r"\1", " ".join(str(error).split()))
-            raise ArgumentError(argument, str(file), f"a {kind_of(file)} file that can be read ({reason})") from error
+                first_row += len(parts[-1])
     require(sum(map(len, parts)) > 0, argument, str(path), "a table with at least one row")
     arrays = zip(*((part.features, part.categories, part.labels) for part in parts), strict=True)
     return Batch(*map(np.concatenate, arrays))
+
+
+@contextmanager
+def reading(argument: str, path: str | Path, kind: str) -> Iterator[None]:
+    """ArgumentError if the file cannot be read."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, EOFError, OSError, UnicodeError, zlib.error) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ArgumentError(argument, str(path), f"a {kind} file that can be read ({reason})") from error
+
+
+def open_bytes(path: str | Path) -> IO[bytes]:
+    """Of what is in it, where it is compressed."""
+    return gzip.open(path) if str(path).lower().endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """Rows of cells as values."""
+
+    values: dict[str, Array]  # by column, as `parse` gives them
+    users: pa.Array | None  # whose they are, if the schema has users: binary
+    reasons: npt.NDArray[np.uint8]
+    columns: npt.NDArray[np.int64]  # of the reason, as numbered in schema.used
+
+
+def parse_rows(cells: Mapping[str, pa.Array], schema: Schema) -> Parsed:
+    """The first column that a row cannot be used for gives the reason."""
+    values: dict[str, Array] = {}
+    whose = None
+    rows = len(next(iter(cells.values())))
+    reasons, columns = np.full(rows, Reason.GOOD, np.uint8), np.full(rows, -1, np.int64)
+    for number, column in enumerate(schema.used):
+        if column.type == "user":
+            whose, found = users(column, cells[column.name], schema.layout)
+        else:
+            values[column.name], found = parse(column, cells[column.name], schema.layout)
+        if found.any():
+            new = (found != Reason.GOOD) & (reasons == Reason.GOOD)
+            reasons[new], columns[new] = found[new], number
+    return Parsed(values, whose, reasons, columns)
 
 
 def parse(column: Column, cells: pa.Array, layout: Layout) -> tuple[Array, Array]:
@@ -242,24 +298,16 @@ def cell_error(column: Column, reason: int, row: int, value: object) -> CellErro
     return CellError(column.name, row, value, bound)
 
 
-def parse_or_raise(column: Column, cells: pa.Array, layout: Layout) -> Array:
-    """The values of `parse`; CellError about the first cell, counted from 0, that has none."""
-    values, reasons = parse(column, cells, layout)
-    if reasons.any():
-        row = int(reasons.astype(bool).argmax())
-        cell = cells[row].as_py()
-        raise cell_error(column, reasons[row], row, cell.strip() if layout.strip and isinstance(cell, str) else cell)
-    return values
-
-
-def _encode(batch: pa.RecordBatch, schema: Schema) -> Batch:
-    columns = {column.name: column for column in schema.columns}
-    return schema.encode(
-        {
-            name: parse_or_raise(columns[name], cells, schema.layout)
-            for name, cells in zip(batch.schema.names, batch.columns, strict=True)
-        }
-    )
+def parse_or_raise(cells: Mapping[str, pa.Array], schema: Schema) -> dict[str, Array]:
+    """The values of `parse_rows`; CellError about the first row, counted from 0, that cannot be used."""
+    parsed = parse_rows(cells, schema)
+    if parsed.reasons.any():
+        row = int(parsed.reasons.astype(bool).argmax())
+        column = schema.used[parsed.columns[row]]
+        value = cells[column.name][row].as_py()
+        value = value.strip() if schema.layout.strip and isinstance(value, str) else value
+        raise cell_error(column, parsed.reasons[row], row, value)
+    return parsed.values
 
 
 def used_columns(names: list[str], file: str, schema: Schema) -> list[str]:
@@ -280,82 +328,101 @@ def used_columns(names: list[str], file: str, schema: Schema) -> list[str]:
     return used
 
 
-# A file of each kind: the names of its columns, and what reads those that are used, batch by batch.
-Opened = tuple[list[str], "Callable[[list[str]], Iterator[pa.RecordBatch]]"]
-
-
-def _open_csv(file: Path, schema: Schema) -> Opened:
-    import pyarrow as pa
-    from pyarrow import csv
-
+def csv_head(argument: str, path: str | Path, stream: IO[bytes], schema: Schema) -> tuple[list[str], int]:
+    """Names of a CSV file's columns, and where its records begin; no names: it is empty."""
     layout = schema.layout
-    comments = 0
-    if layout.comment:
-        with gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb") as stream:
-            prefix = layout.comment.encode()
-            comments = sum(1 for _ in itertools.takewhile(lambda line: line.startswith(prefix), stream))
-    declared = [column.name for column in schema.columns]
-
-    def start(names: list[str] | None, **convert: Any) -> csv.CSVStreamingReader:
-        return csv.open_csv(
-            file,
-            read_options=csv.ReadOptions(
-                use_threads=False,  # then errors name the row; and ranks share the cores
-                block_size=CSV_BLOCK_BYTES,
-                skip_rows=comments,
-                column_names=names,
-                autogenerate_column_names=names is None and not layout.header,
-            ),
-            parse_options=csv.ParseOptions(
-                delimiter=layout.delimiter,
-                quote_char='"' if layout.quotes else False,
-                newlines_in_values=layout.quotes and layout.multiline,
-            ),
-            convert_options=csv.ConvertOptions(strings_can_be_null=False, **convert),
-        )
-
-    given = None if layout.header else declared
-    if given and not schema.labelled:
-        with start(None) as reader:
-            if len(reader.schema.names) == len(declared) - 1:
-                given = [name for name in declared if name != schema.label.name]
-    with start(given) as reader:
-        raw = reader.schema.names
-    names = [name.strip() if layout.strip else name for name in raw]
-
-    def batches(used: list[str]) -> Iterator[pa.RecordBatch]:
-        there = [raw[names.index(name)] for name in used]
-        # Everything as text: types inferred from the first rows would not suit the rest.
-        with start(given, include_columns=there, column_types=dict.fromkeys(there, pa.string())) as reader:
-            for batch in reader:
-                yield batch.rename_columns(used)
-
-    return names, batches
+    first, start = csvrows.head(stream, layout)
+    if layout.header:
+        stream.seek(start)
+        readable = first is not None or not stream.read(1)
+        require(readable, argument, str(path), "a CSV file whose first row can be read: it names columns")
+        return first or [], start
+    names = [column.name for column in schema.columns]
+    if not schema.labelled and first is not None and len(first) == len(names) - 1:
+        names.remove(schema.label.name)
+    return names, start
 
 
-def _open_parquet(file: Path, schema: Schema) -> Opened:
+def csv_cells(rows: csvrows.Rows, names: list[str], schema: Schema) -> dict[str, pa.Array]:
+    """The cells of the columns that are read, of all rows that have no reason; see csvrows.cells."""
+    import pyarrow as pa
+
+    texts = {column.name: pa.string() for column in schema.used}
+    types = texts | {column.name: pa.float64() for column in schema.used if column.bounds != (0, 0)}
+    try:
+        table = csvrows.cells(rows, names, types if _nulls_are_no_numbers(schema.layout) else texts, schema.layout)
+    except pa.ArrowInvalid:  # a cell that is no number
+        table = csvrows.cells(rows, names, texts, schema.layout)
+    return {name: table.column(name).combine_chunks() for name in texts}
+
+
+@functools.cache
+def _nulls_are_no_numbers(layout: Layout) -> bool:
+    """Then Arrow's reader may make numbers of texts: it looks for nulls before it takes blanks off."""
+    return layout.strip and not any(text != text.strip() or is_number(text) for text in layout.nulls)
+
+
+def row_error(rows: csvrows.Rows, row: int, name: str, width: int, layout: Layout) -> ArgumentError:
+    """What to tell about a row, called `name`, that cannot be read. Not its text: it has columns that are not read."""
+    reason = Reason(rows.reasons[row])
+    if reason == Reason.WIDTH:
+        found = len(csvrows.cells_of(rows.text(row), layout))
+        return ArgumentError(f"cells in {name}", found, f"{width}, one for each column")
+    bounds = {
+        Reason.QUOTES: "without stray quotation marks (see [file] quotes, multiline) and lone carriage returns",
+        Reason.ENCODING: "UTF-8",
+        Reason.LONG: f"at most {csvrows.ROW_BYTES:,} bytes long",
+    }
+    return ArgumentError(name, reason.name.lower(), bounds[reason])  # as in the quarantine
+
+
+# The cells of a file of each kind, some rows at a time.
+Cells = Iterator[Mapping[str, "pa.Array"]]
+
+
+def _read_csv(argument: str, file: Path, schema: Schema) -> Cells:
+    with open_bytes(file) as stream:
+        names, start = csv_head(argument, file, stream, schema)
+        if not names:
+            return
+        used_columns(names, file.name, schema)
+        stream.seek(start)
+        first_row = 0
+        for _, data in csvrows.blocks(stream, schema.layout, CSV_BLOCK_BYTES):
+            rows = csvrows.split(data, schema.layout)
+            cells = csv_cells(rows, names, schema)
+            if rows.reasons.any():
+                row = int(rows.reasons.astype(bool).argmax())
+                yield {name: column[:row] for name, column in cells.items()}  # one of these may be bad, and is earlier
+                raise row_error(rows, row, f"row {first_row + row} of {file.name}", len(names), schema.layout)
+            yield cells
+            first_row += len(rows)
+
+
+def _read_parquet(argument: str, file: Path, schema: Schema) -> Cells:
     from pyarrow import parquet
 
     opened = parquet.ParquetFile(file, memory_map=True)
-    return opened.schema_arrow.names, lambda used: opened.iter_batches(BATCH_ROWS, columns=used, use_threads=False)
+    used = used_columns(opened.schema_arrow.names, file.name, schema)
+    for batch in opened.iter_batches(BATCH_ROWS, columns=used, use_threads=False):
+        yield {name: batch.column(name) for name in used}
 
 
-def _open_arrow(file: Path, schema: Schema) -> Opened:
+def _read_arrow(argument: str, file: Path, schema: Schema) -> Cells:
     import pyarrow as pa
 
     opened = pa.ipc.open_file(pa.memory_map(str(file)))
-
-    def batches(used: list[str]) -> Iterator[pa.RecordBatch]:
-        for i in range(opened.num_record_batches):
-            whole = opened.get_batch(i).select(used)
-            for first in range(0, whole.num_rows, BATCH_ROWS):
-                yield whole.slice(first, BATCH_ROWS)
-
-    return opened.schema.names, batches
+    used = used_columns(opened.schema.names, file.name, schema)
+    for i in range(opened.num_record_batches):
+        whole = opened.get_batch(i).select(used)
+        for first in range(0, whole.num_rows, BATCH_ROWS):
+            batch = whole.slice(first, BATCH_ROWS)
+            yield {name: batch.column(name) for name in used}
 
 
-_OPEN: Final[dict[str, Callable[[Path, Schema], Opened]]] = {
-    "csv": _open_csv,
-    "parquet": _open_parquet,
-    "arrow": _open_arrow,
+# JSON lines are for spark_jobs/prepare.py only.
+_READ: Final[dict[str, Callable[[str, Path, Schema], Cells]]] = {
+    "csv": _read_csv,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
 }

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import io
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,27 +16,12 @@ import numpy as np
 
 from fastdp import csvrows, shards, statistics, transform, users
 from fastdp.columns import Layout, Schema
-from fastdp.errors import ArgumentError, require
-from fastdp.files import used_columns
+from fastdp.errors import ArgumentError
+from fastdp.files import KINDS, csv_head, endings, kind_of, open_bytes, reading, used_columns
 from fastdp.transform import Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-KINDS: Final = {
-    ".csv": "csv",
-    ".txt": "csv",
-    ".tsv": "csv",
-    ".data": "csv",
-    ".test": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
-}
 
 # Of a piece: tens of milliseconds of Spark's to a second of ours; some 0.5 GB of memory at work for a row of 40 bytes.
 PIECE_BYTES: Final = 16 << 20
@@ -60,38 +43,24 @@ class Piece:
 
 def source(path: Path, name: str, split: Literal["train", "test"] | None = None) -> Source:
     """ArgumentError if the file's ending is not one of a table."""
-    plain = name.lower().removesuffix(".gz")
-    kind = next((kind for ending, kind in KINDS.items() if plain.endswith(ending)), None)
-    gzipped = name.lower().endswith(".gz")
-    if kind is None or (gzipped and kind not in ("csv", "json")):
-        raise ArgumentError("input", str(path), f"a file that ends in {', '.join(KINDS)}, or .csv.gz or .json.gz")
-    about = path.stat()
+    kind = kind_of(name)
+    if kind is None:
+        raise ArgumentError("input", str(path), f"a file that ends in {endings(KINDS.values())}")
+    about, gzipped = path.stat(), name.lower().endswith(".gz")
     return Source(str(path.absolute()), name, kind, gzipped, about.st_size, about.st_mtime_ns, split)
 
 
 def cut(source: Source, schema: Schema) -> list[Piece]:
     """A file's pieces, numbered from 0. Those of a CSV file do not know yet whether they begin in quotation marks."""
-    with _reading(source):
+    with reading("input", source.path, source.kind):
         return _cut(source, schema)
-
-
-@contextmanager
-def _reading(source: Source) -> Iterator[None]:
-    """ArgumentError if the file cannot be read."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, EOFError, OSError, zlib.error) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ArgumentError("input", source.path, f"a {source.kind} file that can be read ({reason})") from error
 
 
 @contextmanager
 def opened(source: Source) -> Iterator[IO[bytes]]:
     """The file, unpacked; ArgumentError if it cannot be read."""
-    with _reading(source), gzip.open(source.path) if source.gzipped else open(source.path, "rb") as stream:
-        yield stream  # type: ignore[misc]
+    with reading("input", source.path, source.kind), open_bytes(source.path) as stream:
+        yield stream
 
 
 def _cut(source: Source, schema: Schema) -> list[Piece]:
@@ -111,7 +80,7 @@ def _cut(source: Source, schema: Schema) -> list[Piece]:
 
 def quotes(piece: Piece) -> int:
     """How many quotation marks are in it."""
-    with _reading(piece.source), open(piece.source.path, "rb") as file:
+    with reading("input", piece.source.path, piece.source.kind), open(piece.source.path, "rb") as file:
         file.seek(piece.start)
         return file.read(piece.stop - piece.start).count(b'"')
 
@@ -153,7 +122,7 @@ def sums(piece: Piece, schema: Schema) -> statistics.Sums:
 
 def refined(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
     """What becomes of the piece's rows, as many at a time as may be in memory together."""
-    with _reading(piece.source):
+    with reading("input", piece.source.path, piece.source.kind):
         yield from _refined(piece, schema)
 
 
@@ -171,10 +140,10 @@ def _refined(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
     elif source.kind == "arrow":
         yield from _refined_arrow(piece, schema)
     elif source.gzipped:
-        with gzip.open(source.path) as stream:
-            _, start = csvrows.head(stream, layout) if source.kind == "csv" else (None, 0)  # type: ignore[arg-type]
+        with open_bytes(source.path) as stream:
+            _, start = csvrows.head(stream, layout) if source.kind == "csv" else (None, 0)
             stream.seek(start)
-            for offset, data in csvrows.blocks(stream, layout, PIECE_BYTES):  # type: ignore[arg-type]
+            for offset, data in csvrows.blocks(stream, layout, PIECE_BYTES):
                 for first, part in _parts(data, layout, schema):
                     yield rows(part, start + offset + first)
     else:
@@ -196,15 +165,10 @@ def _head(source: Source, schema: Schema) -> tuple[tuple[str, ...], int]:
     """Names of the columns and where the records begin."""
     if source.kind == "json":
         return (), 0
-    with gzip.open(source.path) if source.gzipped else open(source.path, "rb") as stream:
-        names, start = csvrows.head(stream, schema.layout)  # type: ignore[arg-type]
-        stream.seek(start)
-        is_empty = not stream.read(1)
-    if names is None and schema.layout.header:
-        require(is_empty, "input", source.path, "a CSV file whose first row can be read: it names columns")
-        return (), source.bytes
-    names = [column.name for column in schema.columns] if names is None else names
-    used_columns(names, source.name, schema)
+    with open_bytes(source.path) as stream:
+        names, start = csv_head("input", source.path, stream, schema)
+    if names:
+        used_columns(names, source.name, schema)
     return tuple(names), start
 
 

@@ -7,7 +7,6 @@ the table was cut into pieces. spark_jobs/prepare.py calls them on executors.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdp import csvrows, files
-from fastdp.columns import Array, Batch, Layout, Reason, Schema
+from fastdp.columns import Array, Batch, Reason, Schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -64,18 +63,9 @@ class Refined:
 
 def of_csv(data: bytes, source: Source, offset: int, names: list[str], schema: Schema) -> Refined:
     """Of the rows in `data`, which stands `offset` bytes after the beginning of its file; its columns are `names`."""
-    import pyarrow as pa
-
     rows = csvrows.split(data, schema.layout)
-    used = [column.name for column in schema.used]
-    types = {column.name: pa.float64() if column.bounds != (0, 0) else pa.string() for column in schema.used}
-    texts = dict.fromkeys(used, pa.string())
-    try:
-        table = csvrows.cells(rows, names, types if _nulls_are_no_numbers(schema.layout) else texts, schema.layout)
-    except pa.ArrowInvalid:  # a cell that is no number
-        table = csvrows.cells(rows, names, texts, schema.layout)
+    whole = files.parse_rows(files.csv_cells(rows, names, schema), schema)
     readable = np.flatnonzero(rows.reasons == Reason.GOOD)
-    whole = _parse({name: table.column(name).combine_chunks() for name in used}, schema)
     return _divided(rows.reasons, readable, whole, rows.starts + offset, source, rows.texts, schema)
 
 
@@ -83,7 +73,7 @@ def of_columns(batch: pa.RecordBatch, source: Source, first_row: int, schema: Sc
     """Of rows that are typed already; `first_row` rows of their file stand before them."""
     import pyarrow as pa
 
-    whole = _parse({column.name: batch.column(column.name) for column in schema.used}, schema)
+    whole = files.parse_rows({column.name: batch.column(column.name) for column in schema.used}, schema)
     places = np.arange(first_row, first_row + batch.num_rows)
 
     def texts(rows: npt.NDArray[np.int64]) -> pa.Array:
@@ -109,7 +99,7 @@ def of_json_lines(data: bytes, source: Source, offset: int, schema: Schema) -> R
             for name, cell in zip(cells, found, strict=True):
                 cells[name].append(cell)
     readable = np.flatnonzero(rows.reasons == Reason.GOOD)
-    whole = _parse({name: pa.array(texts, pa.string()) for name, texts in cells.items()}, schema)
+    whole = files.parse_rows({name: pa.array(texts, pa.string()) for name, texts in cells.items()}, schema)
     return _divided(rows.reasons, readable, whole, rows.starts + offset, source, rows.texts, schema)
 
 
@@ -147,35 +137,10 @@ def is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
-@dataclass(frozen=True)
-class _Parsed:
-    values: dict[str, Array]
-    users: pa.Array | None
-    reasons: npt.NDArray[np.uint8]
-    columns: npt.NDArray[np.int64]  # of the reason, as numbered in schema.used
-
-
-def _parse(cells: dict[str, pa.Array], schema: Schema) -> _Parsed:
-    """The first column that a row cannot be used for gives the reason."""
-    values: dict[str, Array] = {}
-    users = None
-    rows = len(next(iter(cells.values())))
-    reasons, columns = np.full(rows, Reason.GOOD, np.uint8), np.full(rows, -1, np.int64)
-    for number, column in enumerate(schema.used):
-        if column.type == "user":
-            users, found = files.users(column, cells[column.name], schema.layout)
-        else:
-            values[column.name], found = files.parse(column, cells[column.name], schema.layout)
-        if found.any():
-            new = (found != Reason.GOOD) & (reasons == Reason.GOOD)
-            reasons[new], columns[new] = found[new], number
-    return _Parsed(values, users, reasons, columns)
-
-
 def _divided(
     reasons: npt.NDArray[np.uint8],
     readable: npt.NDArray[np.int64],
-    parsed: _Parsed,
+    parsed: files.Parsed,
     places: npt.NDArray[np.int64],
     source: Source,
     texts: Any,
@@ -260,9 +225,3 @@ def mixed(hashed: npt.NDArray[np.uint64], value: npt.NDArray[Any]) -> npt.NDArra
     z ^= z >> np.uint64(31)
     mixed: npt.NDArray[np.uint64] = z
     return mixed
-
-
-@functools.cache
-def _nulls_are_no_numbers(layout: Layout) -> bool:
-    """Then Arrow's reader may make numbers of texts: it looks for nulls before it takes blanks off."""
-    return layout.strip and not any(text != text.strip() or files.is_number(text) for text in layout.nulls)

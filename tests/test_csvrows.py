@@ -117,6 +117,20 @@ def test_a_file_that_is_cut_gives_the_same_rows(data: bytes, layout: Layout, dra
     assert rows == [whole.text(i) for i in range(len(whole))]
 
 
+@given(CSV, LAYOUTS, st.integers(1, 40), st.integers(1, 8))
+@settings(max_examples=300, deadline=None)
+def test_a_stream_in_blocks_gives_the_same_rows(data: bytes, layout: Layout, size: int, read_bytes: int) -> None:
+    whole = csvrows.split(data, layout)
+    rows: list[bytes] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csvrows, "READ_BYTES", read_bytes)
+        for offset, block in csvrows.blocks(io.BytesIO(data), layout, size):
+            assert data.startswith(block, offset)
+            part = csvrows.split(block, layout)
+            rows += [part.text(i) for i in range(len(part))]
+    assert rows == [whole.text(i) for i in range(len(whole))]
+
+
 @pytest.mark.parametrize("length", [csvrows.ROW_BYTES - 3, csvrows.ROW_BYTES - 2])
 def test_rows_may_be_long_but_not_longer(length: int) -> None:
     data = b"1,2\n" + b"x" * length + b",3\n4,5\n"

@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from raw_tables import toml
 
 from fastdp import pieces
-from fastdp.columns import Column, Layout, Schema
+from fastdp.columns import Column, Schema
 from fastdp.data import Table, check_finite, load
 from fastdp.errors import ArgumentError
 from fastdp.files import parse_or_raise
@@ -181,27 +182,15 @@ def test_nan_and_inf_are_refused(value: float) -> None:
         check_finite(features)
 
 
-SMALL = """
-format = 1
-name = "small"
-[[column]]
-name = "x"
-type = "number"
-bounds = [0, 10]
-scale = "linear"
-bins = [5]
-[[column]]
-name = "colour"
-type = "category"
-values = ["red", "?"]
-[[column]]
-name = "note"
-type = "ignore"
-[[column]]
-name = "y"
-type = "label"
-values = ["no", "yes"]
-"""
+SMALL = toml(
+    "small",
+    {
+        "x": {"type": "number", "bounds": [0, 10], "scale": "linear", "bins": [5]},
+        "colour": {"type": "category", "values": ["red", "?"]},
+        "note": {"type": "ignore"},
+        "y": {"type": "label", "values": ["no", "yes"]},
+    },
+)
 
 
 def column(name: str) -> Column:
@@ -209,7 +198,7 @@ def column(name: str) -> Column:
 
 
 def cells_of(name: str, texts: list[str]) -> np.ndarray:
-    return parse_or_raise(column(name), pa.array(texts), Layout())
+    return parse_or_raise({name: pa.array(texts)}, Schema("one", False, (column(name),)))[name]
 
 
 def test_small_contract() -> None:

@@ -18,36 +18,22 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
+from raw_tables import COLUMNS, toml
 
 from fastdp import data, metrics, models, predict, shards, train
 from fastdp.columns import Batch
 from fastdp.schema import parse_schema
 
-SCHEMA = """
-format = 1
-name = "loans"
-[[column]]
-name = "age"
-type = "number"
-bounds = [18, 90]
-missing = 40
-[[column]]
-name = "debt"
-type = "number"
-bounds = [0, 1000]
-scale = "log"
-missing = "indicator"
-[[column]]
-name = "job"
-type = "category"
-values = ["clerk", "nurse"]
-other = "other"
-[[column]]
-name = "zip"
-type = "ignore"
-[[column]]
-name = "outcome"
-"""
+SCHEMA = toml(
+    "loans",
+    {
+        "age": {"type": "number", "bounds": [18, 90], "missing": 40},
+        "debt": COLUMNS["debt"],
+        "job": {"type": "category", "values": ["clerk", "nurse"], "other": "other"},
+        "zip": {"type": "ignore"},
+        "outcome": {},
+    },
+)
 TASKS = {
     "binary": 'type = "label"\nvalues = ["no", ["yes", "y"]]\n',
     "multi-class": 'type = "label"\nvalues = ["low", "middle, or so", "high"]\n',
@@ -192,7 +178,10 @@ def test_adult_without_header(here: Path, capfd: pytest.CaptureFixture[str]) -> 
         assert found["p(>50K)"] == pytest.approx([share], rel=1e-6)
     Path("new.csv").write_text(UCI.rpartition(",")[0] + "\n")
     status, _, err = run(capfd, "run", "--data", "new.csv")
-    assert status == 2 and "Expected 15 columns, got 13" in err
+    assert status == 2 and "cells in row 0 of new.csv=13: must be 15, one for each column" in err
+    Path("new.csv").write_text(UCI + ', "x"\n')
+    status, _, err = run(capfd, "run", "--data", "new.csv")
+    assert status == 2 and "row 0 of new.csv='quotes': must be without stray quotation marks" in err
 
 
 def test_a_prepared_table_with_codes(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ pyspark = pytest.importorskip("pyspark", reason="Spark is not installed: pip ins
 if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
     pytest.skip("Spark needs Java", allow_module_level=True)
 
-from test_transform import WRITERS, contract, plain_table  # noqa: E402
+from raw_tables import WRITERS, contract, plain_table  # noqa: E402
 
 from fastdp import pieces, prepared, shards  # noqa: E402
 from fastdp.errors import ArgumentError  # noqa: E402

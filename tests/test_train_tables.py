@@ -13,25 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from raw_tables import toml
 
 from fastdp import data, metrics, models, train
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
 
-SCHEMA = """
-format = 1
-name = "flats in/town"
-[[column]]
-name = "size"
-type = "number"
-bounds = [0, 100]
-[[column]]
-name = "kind"
-type = "category"
-values = ["old", "new"]
-[[column]]
-name = "outcome"
-"""
+SCHEMA = toml(
+    "flats in/town",
+    {
+        "size": {"type": "number", "bounds": [0, 100]},
+        "kind": {"type": "category", "values": ["old", "new"]},
+        "outcome": {},
+    },
+)
 TASKS = {
     "regression": 'type = "target"\nbounds = [0, 3000]\n',
     "multi-class": 'type = "label"\nvalues = ["low", "middle", "high"]\n',

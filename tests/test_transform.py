@@ -3,90 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import itertools
 import json
 import math
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.feather
-import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from raw_tables import LABEL, NAMES, NULLS, TARGET, contract, csv_row, plain_table, refine, source, write_csv
 from test_csvrows import lines, oracle
 
-from fastdp import csvrows, pieces, shards, transform
-from fastdp.columns import Reason, Schema
-from fastdp.errors import ArgumentError
+from fastdp import csvrows, files, transform
+from fastdp.columns import Reason
 from fastdp.schema import parse_schema
-
-CONTRACT = """
-format = 1
-name = "people"
-[file]
-multiline = true
-nulls = NULLS
-strip = STRIP
-[[column]]
-name = "age"
-type = "number"
-bounds = [0, 100]
-bins = [30, 60]
-missing = 40
-[[column]]
-name = "debt"
-type = "number"
-bounds = [0, 1000]
-scale = "log"
-missing = "indicator"
-[[column]]
-name = "height"
-type = "number"
-bounds = [1, 2]
-scale = "none"
-bins = [1.5]
-[[column]]
-name = "job"
-type = "category"
-values = ["clerk", ["none", "?"], "été"]
-missing = "none"
-other = "rest"
-[[column]]
-name = "town"
-type = "category"
-values = ["A", "B"]
-other = "B"
-encode = "code"
-[[column]]
-name = "member"
-type = "boolean"
-missing = "true"
-[[column]]
-name = "zip"
-type = "ignore"
-[[column]]
-name = "repaid"
-LABEL
-[prepare]
-test = TEST
-"""
-LABEL = 'type = "label"\nvalues = [["no", "-"], "yes", "perhaps"]'
-TARGET = 'type = "target"\nbounds = [-10, 10]\nscale = "log"'
-NAMES = ["age", "debt", "height", "job", "town", "member", "zip", "repaid"]
-NULLS = ("", "NA")
-
-
-def contract(label: str = LABEL, strip: bool = True, test: float = 0, nulls: tuple[str, ...] = NULLS) -> str:
-    """Its text."""
-    text = CONTRACT.replace("LABEL", label).replace("STRIP", str(strip).lower()).replace("TEST", str(test))
-    return text.replace("NULLS", json.dumps(list(nulls)))
 
 
 def scaled(x: float, low: float, high: float, log: bool = False) -> float:
@@ -168,10 +103,6 @@ def compare(found: transform.Refined, rows: list[tuple[bytes, Any]], places: lis
         assert train.categories.tolist() == list(codes)
 
 
-def source(kind: str = "csv", name: str = "t") -> transform.Source:
-    return transform.Source("/t", name, kind, False, 0, 0, None)
-
-
 NUMBERS = ["0", "1", "30", "59.99", "60", "-7", "1e2", "1e6", ".5", "5.", "+3", "007", "1e-400", "-0", "1.5"]
 NO_NUMBERS = ["1e999", "inf", "nan", "1_0", "0x10", "1,5", "one", "1 2", "٣", "1\n2", "--1", "1e"]
 MISSING = ["", "NA", " NA", "na", "\u00a0"]
@@ -202,14 +133,6 @@ def cell(i: int) -> st.SearchStrategy[str]:
 
 
 ROWS = st.lists(st.tuples(*(cell(i) for i in range(len(NAMES)))), max_size=8)
-
-
-def csv_row(cells: tuple[str, ...], quoted: bool) -> bytes:
-    def written(text: str) -> str:
-        needed = quoted or any(char in text for char in ',"\n\r')
-        return '"' + text.replace('"', '""') + '"' if needed else text
-
-    return ",".join(map(written, cells)).encode()
 
 
 @given(
@@ -243,7 +166,7 @@ def test_csv_is_what_a_loop_over_rows_makes(
     else:
         compare(found, [(text, expect(cells)) for text, cells in split], places, target)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transform, "_nulls_are_no_numbers", lambda layout: False)
+        patch.setattr(files, "_nulls_are_no_numbers", lambda layout: False)
         same(found, transform.of_csv(data, source(), 70, NAMES, schema))
 
 
@@ -361,94 +284,6 @@ def test_typed_columns_are_what_their_texts_are() -> None:
     np.testing.assert_allclose(wanted.train.features, [g[0] for g in good], rtol=2e-7)
 
 
-def plain_table(rows: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Typed rows, one in ten of which cannot be used."""
-    draw = random.Random(seed)
-
-    def row() -> dict[str, Any]:
-        return {
-            "age": draw.choice([None, draw.randrange(-5, 120)]),
-            "debt": draw.choice([None, draw.random() * 2000]),
-            "height": draw.choice([None] + [round(draw.random() + 1, 3)] * 19),
-            "job": draw.choice([None, "clerk", "?", "été", "pi,l\not"]),
-            "town": draw.choice(["A", "B", 'C"']),
-            "member": draw.choice([None, True, False]),
-            "zip": "1",
-            "repaid": draw.choice(["no", "yes", "perhaps"] * 6 + ["never"]),
-        }
-
-    return [row() for _ in range(rows)]
-
-
-def write_csv(rows: list[dict[str, Any]], path: Path) -> Path:
-    def text(cell: Any) -> str:
-        return "NA" if cell is None else str(cell).lower() if isinstance(cell, bool) else str(cell)
-
-    body = b"".join(csv_row(tuple(map(text, row.values())), False) + b"\n" for row in rows)
-    data = ",".join(NAMES).encode() + b"\n" + body
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
-
-
-def write_json(rows: list[dict[str, Any]], path: Path) -> Path:
-    data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
-
-
-def write_parquet(rows: list[dict[str, Any]], path: Path) -> Path:
-    pyarrow.parquet.write_table(pa.Table.from_pylist(rows).select(NAMES[::-1]), path, row_group_size=37)
-    return path
-
-
-def write_arrow(rows: list[dict[str, Any]], path: Path) -> Path:
-    pyarrow.feather.write_feather(pa.Table.from_pylist(rows), path, chunksize=31)
-    return path
-
-
-WRITERS: dict[str, Callable[[list[dict[str, Any]], Path], Path]] = {
-    "t.csv": write_csv,
-    "t.csv.gz": write_csv,
-    "t.jsonl": write_json,
-    "t.json.gz": write_json,
-    "t.parquet": write_parquet,
-    "t.arrow": write_arrow,
-}
-
-
-def refine(path: Path, schema: Schema) -> list[transform.Refined]:
-    """All that becomes of a file, as the job has it."""
-    parts, before = [], 0
-    for piece in pieces.cut(pieces.source(path, path.name), schema):
-        inside = piece.inside if piece.inside is None else before % 2 == 1
-        before += pieces.quotes(piece) if schema.layout.quotes and piece.source.kind == "csv" else 0
-        parts += pieces.refined(dataclasses.replace(piece, inside=inside), schema)
-    return parts
-
-
-def joined(parts: list[transform.Refined]) -> dict[str, Any]:
-    """Arrays of good rows, and the reasons of bad ones, in order."""
-    parts = parts or [transform.of_csv(b"", source(), 0, NAMES, parse_schema(contract()))]
-    named: dict[str, Any] = {"bad": [(b["reason"], b["column"]) for part in parts for b in part.bad.to_pylist()]}
-    for split, field in itertools.product(("train", "test"), ("features", "categories", "labels")):
-        named[f"{split} {field}"] = np.concatenate([getattr(getattr(part, split), field) for part in parts])
-    return named
-
-
-def test_each_kind_of_file_gives_the_same_rows_and_the_same_split(tmp_path: Path) -> None:
-    schema, rows = parse_schema(contract(test=0.3)), plain_table(500)
-    wanted: dict[str, Any] | None = None
-    for name, write in WRITERS.items():
-        parts = refine(write(rows, tmp_path / name), schema)
-        assert sum(p.rows for p in parts) == sum(len(p.train) + len(p.test) + p.quarantined for p in parts) == 500
-        found = joined(parts)
-        wanted = wanted or found
-        for key, value in wanted.items():
-            np.testing.assert_array_equal(found[key], value, err_msg=f"{name}: {key}")
-    assert wanted is not None and 20 < len(wanted["bad"]) < 100
-    assert 0.15 < len(wanted["test labels"]) / 450 < 0.45
-
-
 def sides(rows: list[dict[str, Any]], path: Path, how: str) -> dict[float, bool]:
     """Whether each good row is held out, by its debt."""
     schema = parse_schema(contract(test=0.25).replace("[prepare]", "[prepare]\n" + how))
@@ -509,143 +344,9 @@ def test_shares_at_the_ends(share: float, below: int, monkeypatch: pytest.Monkey
     assert found.tolist() == [share > 0, share > 0, False, False]
 
 
-def test_files_that_are_said_to_be_test_rows_are(tmp_path: Path) -> None:
-    path = write_csv(plain_table(50), tmp_path / "t.csv")
-    for split in ("train", "test"):
-        schema = parse_schema(contract(test=0.5))
-        (piece,) = pieces.cut(pieces.source(path, "t.csv", split), schema)
-        (part,) = pieces.refined(piece, schema)
-        there, empty = (part.train, part.test) if split == "train" else (part.test, part.train)
-        assert len(there) == 50 - part.quarantined > 0 == len(empty)
-
-
 def test_a_long_row_is_bad_and_alone() -> None:
     data = b'"' + b"x" * csvrows.ROW_BYTES + b'",2\n'
     schema = parse_schema(contract())
     good = b"25,10,1.7,clerk,A,1,x,no\n"
     found = transform.of_csv(good + data + good, source(), 0, NAMES, schema)
     assert found.rows == 3 and found.bad["reason"].to_pylist() == ["long"] and len(found.train) == 2
-
-
-HOSTILE = st.lists(
-    st.sampled_from(
-        [
-            b"25,10,1.7,clerk,A,1,x,no\n",
-            b'25,10,1.7,clerk,A,1,"a\nb,""c",no\r\n',
-            b'25,10,1.7,"clerk",A,1,,yes\n',
-            b"\n",
-            b"\xff,,1.2,,A,,,no\n",
-            b'25,1"0,1.7,clerk,A,1,x,no\n',
-            b'"',
-            b'""',
-            b"\r",
-            b"x",
-            b",,1.5,,A,,,perhaps",
-            b"1,2\n",
-        ]
-    ),
-    max_size=14,
-).map(b"".join)
-
-
-@given(body=HOSTILE, size=st.integers(1, 90), crlf=st.booleans(), bom=st.booleans(), comment=st.booleans())
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@example(body=b"", size=7, crlf=False, bom=True, comment=True)
-@example(body=b"25,10,1.7,clerk,A,1,x,no", size=3, crlf=True, bom=True, comment=True)  # no final line feed
-def test_every_cut_of_a_csv_file_gives_the_same_rows(
-    body: bytes, size: int, crlf: bool, bom: bool, comment: bool, tmp_path: Path
-) -> None:
-    """Also compressed; header, byte order mark and comments before the rows; quotation marks over the cuts."""
-    text = contract(test=0.5).replace("[file]", '[file]\ncomment = "#"') if comment else contract(test=0.5)
-    schema = parse_schema(text)
-    end = b"\r\n" if crlf else b"\n"
-    head = (csvrows.BOM if bom else b"") + (b'# "a comment"' + end) * comment + ",".join(NAMES).encode() + end
-    path, packed = tmp_path / "t.csv", tmp_path / "u.csv.gz"
-    path.write_bytes(head + body)
-    packed.write_bytes(gzip.compress(head) + gzip.compress(body))  # members
-    whole = refine(path, schema)
-    wanted, bad = joined(whole), [b for part in whole for b in part.bad.to_pylist()]
-    assert len(bad) + len(wanted["train labels"]) + len(wanted["test labels"]) == len(oracle(body, schema.layout, 8))
-    for piece_bytes, encoded in ((size, 64 << 20), (16 << 20, size), (size, size)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
-            patch.setattr(shards, "ENCODED_BYTES", encoded)
-            for each in (path, packed):
-                parts = refine(each, schema)
-                assert [{**b, "file": "t.csv"} for part in parts for b in part.bad.to_pylist()] == bad
-                for key, value in joined(parts).items():
-                    np.testing.assert_array_equal(value, wanted[key])
-
-
-@pytest.mark.parametrize("name", ["t.parquet", "t.arrow", "t.jsonl"])
-def test_every_cut_of_other_files_gives_the_same_rows(name: str, tmp_path: Path, monkeypatch: Any) -> None:
-    schema = parse_schema(contract(test=0.3))
-    path = WRITERS[name](plain_table(100), tmp_path / name)
-    whole = refine(path, schema)
-    for rows, size, encoded in ((1, 50, 1 << 20), (20, 1000, 1 << 20), (80, 1 << 20, 500)):
-        monkeypatch.setattr(pieces, "PIECE_ROWS", rows)
-        monkeypatch.setattr(pieces, "PIECE_BYTES", size)
-        monkeypatch.setattr(shards, "ENCODED_BYTES", encoded)
-        parts = refine(path, schema)
-        assert len(parts) > len(whole)
-        assert [b for p in parts for b in p.bad.to_pylist()] == [b for p in whole for b in p.bad.to_pylist()]
-        for key, value in joined(whole).items():
-            np.testing.assert_array_equal(joined(parts)[key], value)
-
-
-def test_a_row_across_many_pieces_is_one(tmp_path: Path, monkeypatch: Any) -> None:
-    """One that is too long, and one that is never closed: what follows belongs to it."""
-    schema = parse_schema(contract())
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 18)
-    good = b"25,10,1.7,clerk,A,1,x,no\n"
-    long = b'25,10,1.7,clerk,A,1,"' + b"\n,x" * (csvrows.ROW_BYTES // 2) + b'",no\n'
-    head = ",".join(NAMES).encode() + b"\n"
-    for name in ("t.csv", "t.csv.gz"):
-        for body, wanted in ((good * 2 + long + good, (3, 1)), (good + b'"' + long[:10] + good * 90_000, (1, 1))):
-            path = tmp_path / name
-            path.write_bytes(gzip.compress(head + body, 1) if name.endswith("gz") else head + body)
-            parts = refine(path, schema)
-            bad = [b["reason"] for p in parts for b in p.bad.to_pylist()]
-            assert (sum(len(p.train) for p in parts), bad) == (wanted[0], ["long"])
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("data", [b"", b"\n", csvrows.BOM, ",".join(NAMES).encode(), b"# nothing\n"])
-def test_files_without_rows_have_none(data: bytes, packed: bool, tmp_path: Path) -> None:
-    schema = parse_schema(contract().replace("[file]", '[file]\ncomment = "#"'))
-    path = tmp_path / ("t.csv.gz" if packed else "t.csv")
-    path.write_bytes(gzip.compress(data) if packed else data)
-    if data == b"\n":
-        with pytest.raises(ArgumentError, match=r"input=.*t\.csv.*whose first row can be read"):
-            pieces.cut(pieces.source(path, path.name), schema)
-    else:
-        assert sum(part.rows for part in refine(path, schema)) == 0
-
-
-@pytest.mark.parametrize(
-    "name, data, match",
-    [
-        ("t.csv", b"age,debt\n1,2\n", r"column 'height' of t.csv='absent'"),
-        ("t.csv", ",".join([*NAMES, "more"]).encode() + b"\n", r"column 'more' of t.csv='undeclared'"),
-        ("t.csv", ",".join([*NAMES, "age"]).encode() + b"\n", r"column 'age' of t.csv='twice'"),
-        ("t.csv", b'"age,debt\n1,2\n', r"input=.*t\.csv.*whose first row can be read"),
-        ("t.csv", b"\xff,debt\n1,2\n", r"input=.*t\.csv.*whose first row can be read"),
-        ("t.csv.gz", b"no gzip", r"input=.*t\.csv\.gz.*csv file that can be read"),
-        ("t.parquet", b"PAR1 nothing PAR1", r"input=.*t\.parquet.*parquet file that can be read"),
-        ("t.arrow", b"nothing", r"input=.*t\.arrow.*arrow file that can be read"),
-        ("t.xlsx", b"", r"input=.*t\.xlsx.*ends in \.csv"),
-        ("t.parquet.gz", b"", r"input=.*t\.parquet\.gz.*ends in"),
-    ],
-)
-def test_files_that_are_no_such_tables_are_refused(name: str, data: bytes, match: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_bytes(data)
-    with pytest.raises(ArgumentError, match=match):
-        pieces.cut(pieces.source(path, name), parse_schema(contract()))
-
-
-def test_a_file_that_breaks_off_is_refused_where_it_does(tmp_path: Path) -> None:
-    path = write_csv(plain_table(2000), tmp_path / "t.csv.gz")
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ArgumentError, match=r"t\.csv\.gz.*csv file that can be read \(Compressed file ended"):
-        refine(path, parse_schema(contract()))

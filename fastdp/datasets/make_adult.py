@@ -41,12 +41,11 @@ def pack(raw: dict[str, bytes], schema: Schema) -> bytes:
     """UCI's two files, by name, as the bytes of a compressed .npz: the same bytes for the same zlib."""
     arrays: dict[str, Any] = {}
     for split, file in SPLITS.items():
-        columns = list(zip(*rows(raw[file]), strict=True))
-        for column, texts in zip(schema.columns, columns, strict=True):
-            if column.type == "ignore":
-                cells = np.array(texts, np.int32)
-            else:
-                cells = parse_or_raise(column, pa.array(texts), schema.layout)
+        columns = zip(schema.columns, zip(*rows(raw[file]), strict=True), strict=True)
+        texts = {column.name: pa.array(cells) for column, cells in columns}
+        values = parse_or_raise(texts, schema)
+        for column in schema.columns:
+            cells = values[column.name] if column.name in values else np.array(texts[column.name], np.int32)
             arrays[f"{split}.{column.name}"] = cells.astype(np.uint8 if column.spellings else np.int32)
     buffer = io.BytesIO()
     # numpy writes 1980-01-01 as every member's time.
