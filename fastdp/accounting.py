@@ -16,6 +16,7 @@ import functools
 import logging
 import math
 import numbers
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, Literal
@@ -235,9 +236,13 @@ def tail_delta(noise_multiplier: float, steps: int, dimension: int) -> float:
 
 def _checked(prior: Mapping[Event, int]) -> dict[Event, int]:
     try:
-        events = {(float(sigma), float(rate)): int(count) for (sigma, rate), count in prior.items()}
+        events = {
+            (float(0.0 + sigma), float(0.0 + rate)): operator.index(count) for (sigma, rate), count in prior.items()
+        }
     except (AttributeError, TypeError, ValueError):
-        raise ArgumentError("prior", prior, "{(noise multiplier, sample rate): count}") from None
+        raise ArgumentError(
+            "prior", prior, "{(noise multiplier, sample rate): count}, numbers and an integer"
+        ) from None
     for (sigma, rate), count in events.items():
         _check_event(sigma, rate, count)
     return events

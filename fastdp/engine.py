@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from fastdp import accounting, layers, ledger
 from fastdp.clipping import GradientSum, Span, spans_of
 from fastdp.comm import Communicator
-from fastdp.errors import ArgumentError, CommError, require
+from fastdp.errors import ArgumentError, CommError, PrivacyError, require
 from fastdp.launch import launched_ranks
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.plan import Plan
@@ -153,7 +153,14 @@ class PrivacyEngine:
         return self._build(plan, records, module, optimizer, data_loader, loss_reduction, piece, comm, target)
 
     def get_epsilon(self, delta: float) -> float:
-        """Upper bound on the epsilon spent so far at `delta`, the noise's cut tails included; 0.0 before any step."""
+        """Upper bound on the epsilon spent so far at `delta`, the noise's cut tails included; 0.0 before any step.
+
+        Raises PrivacyError before make_private if there is a ledger file: it is make_private that reads it.
+        """
+        if self.plan is None and self._ledger_path is not None and self._ledger_path.exists():
+            raise PrivacyError(
+                f"get_epsilon: call make_private first: it reads what {self._ledger_path} says was spent"
+            )
         return self.ledger.epsilon_of_sampler(delta, self._dimension)
 
     @property

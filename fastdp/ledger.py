@@ -116,7 +116,9 @@ class DurableLedger(Ledger):
         bound = "of a run without a seed: this one was NOT PRIVATE" if was_seeded else "of a run with a seed"
         require(was_seeded == self._seeded, "ledger", str(self.path), bound)
         known = first.get("prior", [])
-        require(known == prior, "ledger: prior", known, f"{prior}, what the records were used for before")
+        as_given = {(sigma, rate): count for sigma, rate, count in known}
+        given = {(sigma, rate): count for sigma, rate, count in prior}
+        require(known == prior, "ledger: prior", given, f"{as_given}, as {self.path} has it: give that as prior")
 
     def _shut(self) -> None:
         if self._is_open:

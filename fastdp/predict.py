@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -77,6 +78,16 @@ def load(run: str | Path) -> tuple[Schema, nn.Module]:
     return schema, model.eval()
 
 
+def warn(run: Path) -> None:
+    """If the predictions are not covered by an epsilon."""
+    try:
+        private = json.loads((run / folder.REPORT).read_text(encoding="utf-8"))["private"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArgumentError("run", str(run), f"a run whose {folder.REPORT} can be read ({error})") from error
+    if not private:
+        tell("fastdp.predict: warning: NOT PRIVATE: as the report of the run says, and so is what it predicts\n")
+
+
 def predict(schema: Schema, model: nn.Module, rows: Batch) -> dict[str, Array | list[str]]:
     """Columns of the model's predictions for `rows` of n, by name, in the rows' order.
 
@@ -141,6 +152,7 @@ def apply(run: Path, /, *, data: Path, output: Path | None = None) -> None:
         require(not os.path.lexists(output), "output", str(output), "a file that does not exist")
         require(output.parent.is_dir(), "output", str(output), "in a folder that exists")
     schema, model = load(run)
+    warn(run)
     content = to_csv(predict(schema, model, files.read("data", data, schema)))
     try:
         if output is not None:

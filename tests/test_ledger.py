@@ -362,11 +362,14 @@ def test_priors_are_checked_and_in_any_order(path: Path) -> None:
     first, second = {(2.0, 1.0): np.int64(3), (20, 1): 1}, {(20.0, 1.0): 1, (2.0, 1.0): 3}
     DurableLedger(path, prior=first).close()
     DurableLedger(path, prior=second).close()
-    for wrong in ({(2.0,): 3}, [(2.0, 1.0, 3)], {("x", 1.0): 2}):
+    for wrong in ({(2.0,): 3}, [(2.0, 1.0, 3)], {("x", 1.0): 2}, {("1", 1.0): 2}, {(2.0, 1.0): 2.5}):
         with pytest.raises(ArgumentError, match="prior="):
             PrivacyEngine(prior=wrong)
     with pytest.raises(ArgumentError, match="noise_multiplier=-1"):
         PrivacyEngine(prior={(-1.0, 1.0): 2})
+    # What the file says was spent is not known before make_private reads it: 0 would be no bound.
+    with pytest.raises(PrivacyError, match="get_epsilon: call make_private first"):
+        PrivacyEngine(ledger=path).get_epsilon(1e-5)
 
 
 def test_what_was_not_used_is_given_back_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

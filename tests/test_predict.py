@@ -184,6 +184,20 @@ def test_adult_without_header(here: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert status == 2 and "row 0 of new.csv='quotes': must be without stray quotation marks" in err
 
 
+def test_a_run_that_is_not_private_is_told(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trained("binary")
+    write("new.csv")
+    assert run(capfd, "run", "--data", "new.csv")[2] == ""
+    report = json.loads(Path("run/report.json").read_text())
+    assert report["private"]
+    Path("run/report.json").write_text(json.dumps({**report, "private": False}))
+    status, out, err = run(capfd, "run", "--data", "new.csv")
+    assert status == 0 and out and err.startswith("fastdp.predict: warning: NOT PRIVATE")
+    Path("run/report.json").write_text("{")
+    status, _, err = run(capfd, "run", "--data", "new.csv")
+    assert status == 2 and "a run whose report.json can be read" in err and err.count("\n") == 1
+
+
 def test_a_prepared_table_with_codes(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
     text = (SCHEMA + TASKS["binary"]).replace('other = "other"', 'other = "other"\nencode = "code"')
     text += '[[column]]\nname = "who"\ntype = "user"\n'
