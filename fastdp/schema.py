@@ -164,7 +164,8 @@ def _parse_preparation(fields: Any, users: list[str]) -> Preparation:
     stats, noise = fields.get("stats", "declared"), fields.get("noise_multiplier")
     require(stats in ("declared", "dp", "non-private"), "prepare.stats", stats, "'declared', 'dp' or 'non-private'")
     if stats == "dp":
-        require(_is_number(noise) and 0.1 <= noise <= 1e6, "prepare.noise_multiplier", noise, "in [0.1, 1e6]")
+        # From 0.5 on, what the generator's tails lack (they end at 8.5 deviations) is less than 1e-10 of delta.
+        require(_is_number(noise) and 0.5 <= noise <= 1e6, "prepare.noise_multiplier", noise, "in [0.5, 1e6]")
     else:
         require(noise is None, "prepare.noise_multiplier", noise, "absent unless stats = 'dp'")
     return Preparation(float(test), key, split_by, count, stats, 0.0 if noise is None else float(noise))

@@ -190,8 +190,8 @@ def test_missing_cells_and_scales_by_declared_statistics() -> None:
     ("old", "new", "message"),
     [
         ('"dp"', '"declared"', "prepare.noise_multiplier=4.0: must be absent"),
-        ("noise_multiplier = 4.0", "", "prepare.noise_multiplier=None: must be in [0.1, 1e6]"),
-        ("noise_multiplier = 4.0", "noise_multiplier = 0", "prepare.noise_multiplier=0: must be in [0.1, 1e6]"),
+        ("noise_multiplier = 4.0", "", "prepare.noise_multiplier=None: must be in [0.5, 1e6]"),
+        ("noise_multiplier = 4.0", "noise_multiplier = 0.4", "prepare.noise_multiplier=0.4: must be in [0.5, 1e6]"),
         ('stats = "dp"\nnoise_multiplier = 4.0', "", "prepare.stats='declared': must be 'dp' or 'non-private', or"),
         ('"dp"', '"exact"', "prepare.stats='exact': must be 'declared', 'dp' or 'non-private'"),
         ('scale = "log"', 'scale = "none"\nbins = [2]\nstandardize = true', "debt.standardize=True: must be"),

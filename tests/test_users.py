@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdp import pieces, shards, transform, users
+from fastdp import pieces, shards, statistics, transform, users
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
 
@@ -144,6 +144,45 @@ def test_a_share_of_the_users_is_held_out(tmp_path: Path) -> None:
     assert abs(sum(held_out for held_out, *_ in found) - 1600) < 4 * np.sqrt(4000 * 0.4 * 0.6)
 
 
+MANY: list[Row] = [(f"{i % 50}", float(i * 7 % 11), "abc"[i * 5 % 3], "01"[i // 7 % 2]) for i in range(400)]
+
+
+def test_what_is_kept_hangs_on_the_key_and_not_on_the_place(tmp_path: Path) -> None:
+    found = []
+    for name, rows, key in (("a", MANY, "one"), ("b", MANY[::-1], "one"), ("c", MANY, "two")):
+        text = contract().replace("[prepare]", f'[prepare]\nkey = "{key}"')
+        (tmp_path / name).mkdir()
+        found.append(kept(records(write(tmp_path / name / "t.csv", rows), text, None, tmp_path / "out"), text, True)[0])
+    assert found[0] == found[1]
+    of_one, of_two = (sorted(row[1:] for row in rows) for rows in (found[0], found[2]))
+    assert of_one != of_two
+
+
+def test_which_users_are_held_out_hangs_on_the_key(tmp_path: Path) -> None:
+    rows: list[Row] = [(f"{i}", float(i % 7), "a", "1") for i in range(300)]
+    chosen = []
+    for key in ("one", "two"):
+        schema = parse_schema(contract().replace("[prepare]", f'[prepare]\nkey = "{key}"'))
+        chosen.append([users._is_held_out(who.encode(), schema) for who, *_ in rows])
+    assert chosen[0] != chosen[1] and 60 < sum(chosen[0]) < 180
+
+
+def test_sums_are_of_the_training_rows_that_are_kept(tmp_path: Path) -> None:
+    text = contract().replace("[statistics.length]\nmean = 0.25\n", "").replace("[prepare]", STATS)
+    schema = parse_schema(text)
+    batches = records(write(tmp_path / "t.csv", MANY), text, None, tmp_path / "out")
+    frames = users.keep(together(batches, random.Random(3)), schema, True)
+    told = [json.loads(each)["result"] for batch in users.sums(frames, schema) for each in batch["result"].to_pylist()]
+    lengths = [min(row[1], 10.0) / 10 for row in kept(batches, text, True)[0] if not row[0]]
+    (sums,) = [each["sums"] for each in told if "sums" in each]
+    assert sums["length"][0] == len(lengths) * statistics.GRID and 0 < len(lengths) < 50
+    assert sums["length"][1] == pytest.approx(sum(lengths) * statistics.GRID, abs=50)
+    assert sum(each.get("surplus", 0) for each in told) == 350 and sum(each.get("rows", 0) for each in told) == 400
+
+
+STATS = '[prepare]\nstats = "non-private"'
+
+
 def test_users_of_test_files_are_held_out_wholly(tmp_path: Path) -> None:
     trained = write(tmp_path / "a.csv", [("x", 1.0, "a", "0"), ("x", 2.0, "a", "0"), ("y", 3.0, "b", "0")])
     held_out = write(tmp_path / "b.csv", [("x", 4.0, "c", "1"), ("z", 5.0, "c", "1")])
@@ -182,14 +221,19 @@ def test_users_in_typed_columns(names: pa.Array, wanted: list[bytes] | None) -> 
         assert transform.of_columns(batch, source, 0, parse_schema(contract())).users.to_pylist() == wanted
 
 
-def test_written_files_hold_what_was_kept(tmp_path: Path) -> None:
+def one_batch(batches: Iterator[pa.RecordBatch]) -> pa.RecordBatch:
+    return pa.Table.from_batches(list(batches)).combine_chunks().to_batches()[0]
+
+
+def test_written_files_hold_what_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing number is filled in last, by the statistic; rows of both splits, over several batches."""
     text = contract(2)
     rows: list[Row] = [(f"{i % 40}", None if i % 3 else 2.5, "abc"[i % 3], "01"[i % 2]) for i in range(100)]
     schema, output = parse_schema(text), tmp_path / "out"
     batches = records(write(tmp_path / "t.csv", rows), text, None, output)
     told = []
-    frames = users.keep(together(batches, random.Random(0)), schema, True)
+    monkeypatch.setattr(shards, "ENCODED_BYTES", 100)  # some rows at once
+    frames = users.keep(iter([one_batch(together(batches, random.Random(0)))]), schema, True)
     for batch in users.write(frames, 3, schema, output):
         told += [json.loads(each)["result"] for each in batch["result"].to_pylist()]
     shards.finish(output, schema, shards.Origin(text, "", {}, "rows"), told, None)
