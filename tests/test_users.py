@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdp import pieces, shards, statistics, transform, users
+from fastdp import pieces, prepared, shards, statistics, transform, users
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
 
@@ -249,6 +249,20 @@ def test_written_files_hold_what_was_kept(tmp_path: Path, monkeypatch: pytest.Mo
         for held_out, length, kind, back in kept_rows
     ]
     assert sorted(found) == sorted(wanted) and len(found) == 80
+    table = prepared.load(output)
+    assert table.unit == "record" and any(line.startswith("record-level: epsilon") for line in table.assumptions)
+
+
+def test_a_table_says_that_users_are_protected(tmp_path: Path) -> None:
+    schema, output = parse_schema(contract()), tmp_path / "out"
+    batches = records(write(tmp_path / "t.csv", MANY), contract(), None, output)
+    frames = users.keep(together(batches, random.Random(0)), schema, True)
+    told = [batch["result"].to_pylist() for batch in users.write(frames, 0, schema, output)]
+    done = [json.loads(each)["result"] for some in told for each in some]
+    shards.finish(output, schema, shards.Origin(contract(), "", {}, "rows"), done, None)
+    table = prepared.load(output)
+    assert table.unit == "user" and "a user is protected: the table has one record of each" in table.assumptions
+    assert len(table.train_labels) + len(table.test_labels) == 50 and table.prior == {}
 
 
 @pytest.mark.parametrize(
