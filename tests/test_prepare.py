@@ -157,7 +157,13 @@ def test_the_original_workload_is_what_the_row_loop_makes(job: Any, tmp_path: Pa
     order = np.lexsort(whole.T), np.lexsort(np.concatenate([train, test]).T)
     np.testing.assert_array_equal(np.concatenate([train, test])[order[1]], whole[order[0]])
     manifest = json.loads((tmp_path / "a" / shards.MANIFEST).read_text())
-    assert manifest["rows"] == {"read": 20_000, "train": len(train), "test": len(test), "bad": {"missing": bad}}
+    assert manifest["rows"] == {
+        "read": 20_000,
+        "train": len(train),
+        "test": len(test),
+        "bad": {"missing": bad},
+        "surplus": 0,
+    }
     # rows keep their order: the training rows are a subsequence of the loop's
     iterator = iter(map(tuple, whole.tolist()))
     assert all(row in iterator for row in map(tuple, train.tolist()))
