@@ -113,6 +113,8 @@ def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction
         plain = column.type != "user" and not column.is_code
         kind = f"of type {column.type!r}" if column.type == "user" else "encoded as codes"
         require(plain, f"column {column.name!r}", kind, "prepared by spark_jobs/prepare.py first")
+    bound = "declared in [statistics], or computed by spark_jobs/prepare.py"
+    require(not schema.unknown, "statistics", list(schema.unknown), bound)
     if evaluation is not None:
         files.list_files("evaluation_data", evaluation)  # before minutes are spent on the other
     declared = f"bounds, vocabularies and fill values are those of {schema_path.name}, taken to be public"

@@ -172,7 +172,9 @@ def parse(column: Column, cells: pa.Array, layout: Layout) -> tuple[Array, Array
 
 
 def users(column: Column, cells: pa.Array, layout: Layout) -> tuple[pa.Array, Array]:
-    """A batch of a column that says whose row it is, as binary [n], and reasons uint8 [n]; numbers as their digits.
+    """A batch of a column that says whose row it is, as binary [n], null where missing, and reasons uint8 [n].
+
+    Integers are their digits; texts are compared byte for byte: "7" and "07" are two users.
 
     Raises ArgumentError if the column's type does not tell users from each other.
     """
@@ -188,7 +190,7 @@ def users(column: Column, cells: pa.Array, layout: Layout) -> tuple[pa.Array, Ar
         cells = pc.utf8_trim_whitespace(cells)
     missing = pc.or_kleene(cells.is_null(), pc.is_in(cells, value_set=pa.array(layout.nulls, pa.string())))
     reasons = np.where(missing.to_numpy(zero_copy_only=False), Reason.MISSING, Reason.GOOD).astype(np.uint8)
-    return cells.cast(pa.binary()), reasons
+    return pc.if_else(missing, pa.scalar(None, pa.string()), cells).cast(pa.binary()), reasons
 
 
 def decoded(cells: pa.Array) -> pa.Array:
@@ -339,6 +341,9 @@ def csv_head(argument: str, path: str | Path, stream: IO[bytes], schema: Schema)
         return first or [], start
     names = [column.name for column in schema.columns]
     if not schema.labelled and first is not None and len(first) == len(names) - 1:
+        user = schema.user and schema.user.name
+        bound = f"{len(names)}: without a header, it would not be known whether {user!r} or the label is left out"
+        require(user is None, f"cells in a row of {path}", len(first), bound)
         names.remove(schema.label.name)
     return names, start
 

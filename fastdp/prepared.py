@@ -42,7 +42,10 @@ def load(path: Path, verify: bool = False) -> Table:
     released = manifest["statistics"]
     if released is not None and released["dp"]:
         noise = released["noise_multiplier"]
-        assumptions.append(f"epsilon includes the table's own statistics, released with noise multiplier {noise:g}")
+        assumptions.append(
+            f"epsilon includes the table's own statistics, released with noise multiplier {noise:g}, and no other "
+            "release of these records: each folder that prepare writes with noise is one"
+        )
     elif released is not None:
         assumptions.append("NOT PRIVATE: the features were made with statistics of the records, without noise")
     if manifest["evaluation"] != shards.FILES:
@@ -65,6 +68,7 @@ def load(path: Path, verify: bool = False) -> Table:
         digest=manifest["sha256"],
         schema=text,
         unit=schema.unit,
+        statistics="" if released is None else repr(released["columns"]),
         prior={} if released is None else {(released["noise_multiplier"] if released["dp"] else 0.0, 1.0): 1},
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import fastdp
-from fastdp import checkpoint, data, folder, metrics, report
+from fastdp import accounting, checkpoint, data, folder, metrics, report
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, require
 from fastdp.folder import RunFolder
@@ -36,10 +36,14 @@ def load_table(options: Options) -> data.Table:
     data.check(table)
     n = len(table.train_labels)
     require(1 <= options.batch_size <= n, "batch_size", options.batch_size, f"in [1, {n}], the training records")
-    not_private = any(sigma == 0 for sigma, _ in table.prior)
-    given = options.noise_multiplier is not None
-    bound = f"given: no epsilon can be reached, since statistics in {options.data} have no noise"
-    require(given or not not_private, "noise_multiplier", None, bound)
+    before = accounting.Ledger(options.accountant, table.prior).epsilon(options.delta)
+    if options.noise_multiplier is None:
+        bound = f"given: no epsilon can be reached, since statistics in {options.data} have no noise"
+        require(math.isfinite(before), "noise_multiplier", None, bound)
+        target = 1.0 if options.target_epsilon is None else options.target_epsilon
+        require(
+            before < target, "target_epsilon", target, f"above {before:.4g}, what the table's statistics cost alone"
+        )
     return table
 
 
@@ -65,7 +69,8 @@ class Run:
     @property
     def is_private(self) -> bool:
         """Whether epsilon means anything."""
-        return not any(line.startswith("NOT PRIVATE") for line in self.assumptions)
+        before = accounting.Ledger(self.options.accountant, self.table.prior).epsilon(self.options.delta)
+        return math.isfinite(before) and not any(line.startswith("NOT PRIVATE") for line in self.assumptions)
 
     @property
     def assumptions(self) -> list[str]:

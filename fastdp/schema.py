@@ -67,8 +67,9 @@ encoding of a row depends on that row alone and costs no privacy (P11). datasets
                                     # that are kept, by a hash of what they hold
     # privacy_unit = "user"         # what epsilon protects; "record" must be said if several of a user are kept
     stats = "declared"              # where [statistics] come from that are not declared: "dp": from the training rows,
-                                    # with Gaussian noise, which is part of every epsilon; "non-private": without noise,
-                                    # and there is no epsilon
+                                    # with Gaussian noise, which is part of every epsilon of that table; each folder
+                                    # that is prepared is a release of its own. "non-private": without noise, and
+                                    # there is no epsilon
     # noise_multiplier = 20         # for "dp": the noise's standard deviation over the sensitivity of all sums together
 
     # [statistics.age]              # for `missing = "mean"` and `standardize`: of the numbers scaled to [0, 1]

@@ -5,6 +5,7 @@
     train/, test/     part-00000.arrow, ...: `features` fixed_size_list<float32>[D], `categories`
                       fixed_size_list<int32>[K] if the schema leaves categories as codes, `label` int64 or float32
     private/          rows that cannot be used, with the reason
+    .fastdp           says that the folder is prepare's, who may remove what a killed run left
     statistics.json   those of the training rows, if the schema asks for some: the same after a run that was killed
 
 Arrow IPC files, uncompressed, buffers at multiples of 64 bytes, so that tensors are views of the files' pages, which
@@ -44,10 +45,11 @@ FORMAT: Final = "fastdp shards 2"
 MANIFEST: Final = "manifest.json"
 SUMMARY: Final = "summary.json"
 STATISTICS: Final = "statistics.json"
+MARKER: Final = ".fastdp"  # what is in a folder that has it may be removed
 SPLITS: Final = ("train", "test")
 FILES: Final = "rows of files of their own"  # an `evaluation`
 FOLDERS: Final = (*SPLITS, "private")
-PARTIALS: Final = {f".{name}.partial" for name in (MANIFEST, SUMMARY, STATISTICS)}  # of a run that was killed
+PARTIALS: Final = {f".{name}.partial" for name in (MARKER, MANIFEST, SUMMARY, STATISTICS)}  # of a run that was killed
 ALIGNMENT: Final = 64
 ENCODED_BYTES: Final = 64 << 20  # of rows that are encoded at once
 
@@ -189,12 +191,8 @@ def is_done(folder: Path, origin: Origin) -> bool:
     if not folder.exists():
         return False
     names = {path.name for path in folder.iterdir()} - PARTIALS
-    require(
-        names <= {MANIFEST, SUMMARY, STATISTICS, *FOLDERS},
-        "output",
-        str(folder),
-        "a folder that is empty or does not exist",
-    )
+    ours = not names or (MARKER in names and names <= {MARKER, MANIFEST, SUMMARY, STATISTICS, *FOLDERS})
+    require(ours, "output", str(folder), "a folder that is empty or does not exist")
     if MANIFEST not in names:
         return False  # a run that was killed: its files are written again
     manifest = read_manifest(folder)
@@ -205,7 +203,14 @@ def is_done(folder: Path, origin: Origin) -> bool:
 
 
 def begin(folder: Path) -> None:
-    """An empty folder; what a run left that was killed is removed, for it may have cut its input in other pieces."""
+    """An empty folder; what a run left that was killed is removed, for it may have cut its input in other pieces.
+
+    ArgumentError if there is something, and nothing says that it is ours.
+    """
+    make_folder(folder)
+    ours = (folder / MARKER).exists() or not any(path.name not in PARTIALS for path in folder.iterdir())
+    require(ours, "output", str(folder), "a folder that is empty or does not exist")
+    write_whole(folder / MARKER, lambda file: file.write(b"written by spark_jobs/prepare.py\n"), mode=0o600)
     for name in (SUMMARY, *PARTIALS):
         (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:
@@ -239,7 +244,8 @@ def finish(
         "privacy_unit": schema.unit,
         "evaluation": origin.evaluation,
         "versions": dict(origin.versions),
-        **({"rows": rows} if schema.size_is_public else {}),
+        # Not those of the splits: a hash of a row decides, and whether it can be used; and users have several.
+        **({"rows_read": read} if schema.size_is_public and schema.user is None else {}),
         **({"statistics": released} if released is None or released["dp"] else {}),
     }
     counts = {"read": read, **rows, "bad": dict(reasons), "surplus": surplus}

@@ -40,6 +40,10 @@ def _sums(column: Column, cells: Array) -> list[int]:
     return [len(scaled) * GRID, *(int(part.sum()) for part in on_grid)]
 
 
+def _length(column: Column) -> int:
+    return 3 if column.spellings is None else len(column.values)
+
+
 def _asked(schema: Schema) -> list[Column]:
     return [column for column in schema.columns if column.name in schema.unknown]
 
@@ -62,10 +66,17 @@ def release(total: Sums, schema: Schema) -> dict[str, Any]:
     """What the manifest says of them, with noise if the contract says "dp"; `columns` as [statistics] there."""
     how = schema.preparation
     deviation = how.noise_multiplier * sensitivity(schema)
+    total = {column.name: total.get(column.name, [0] * _length(column)) for column in _asked(schema)}  # of no rows
     known = noisy(total, deviation) if how.statistics == "dp" else total
     columns = {column.name: _statistics(column, known[column.name], deviation) for column in _asked(schema)}
     mechanism = {"mechanism": "Gaussian", "sensitivity": sensitivity(schema), "noise_multiplier": how.noise_multiplier}
     return {"dp": how.statistics == "dp", **(mechanism if how.statistics == "dp" else {}), "columns": columns}
+
+
+def placeholders(schema: Schema) -> dict[str, Any]:
+    """As `release`, of nothing: to see whether a contract can take them."""
+    columns = {column.name: _statistics(column, [0] * _length(column), 0.0) for column in _asked(schema)}
+    return {"dp": False, "columns": columns}
 
 
 def noisy(total: Sums, deviation: float) -> Sums:
@@ -97,11 +108,12 @@ def declared(config: str, released: Mapping[str, Any] | None) -> str:
     """The contract's text with these statistics in it."""
     if released is None:
         return config
-    lines = [config.rstrip("\n"), "", "# Computed by prepare."]
+    how = "with noise" if released["dp"] else "without noise: NOT PRIVATE, not to be published"
+    lines = [config.rstrip("\n"), "", f"# Computed by prepare, {how}."]
     for name, numbers in released["columns"].items():
         lines += [f"[statistics.{_quoted(name)}]", *(f"{key} = {_quoted(value)}" for key, value in numbers.items())]
     return "\n".join([*lines, ""])
 
 
 def _quoted(value: float | str) -> str:
-    return json.dumps(value).replace("\x7f", "\\u007f")
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -42,6 +42,7 @@ class Table:
     schema: str | None = None  # text of the TOML file by which rows become features, if there is one; public
     unit: str = "row"  # what epsilon protects
     prior: Mapping[Event, int] = field(default_factory=dict)  # what the records were used for before, as of an engine
+    statistics: str = ""  # that were computed of the records: a run goes on with no others
 
     @property
     def num_classes(self) -> int:
@@ -67,7 +68,7 @@ class Table:
     @property
     def declaration(self) -> str:
         """What its columns are; public."""
-        return repr((self.feature_names, self.class_names, self.target, self.schema))
+        return repr((self.feature_names, self.class_names, self.target, self.schema, self.statistics))
 
 
 def check(table: Table) -> None:

@@ -43,6 +43,7 @@ class Refined:
     schema: Schema
     values: dict[str, Array]  # codes or numbers of those that can be used, by column
     users: pa.Array | None  # whose they are, if the schema has users: binary
+    others: pa.Array | None  # users of rows of test files that cannot be used
     held_out: npt.NDArray[np.bool_]  # of users' rows, what is said of their file
     bad: pa.RecordBatch  # place int64, reason, column, text: a row each
 
@@ -90,9 +91,10 @@ def of_json_lines(data: bytes, source: Source, offset: int, schema: Schema) -> R
 
     rows = csvrows.split(data, dataclasses.replace(schema.layout, quotes=False))
     cells: dict[str, list[str | None]] = {column.name: [] for column in schema.used}
+    user = None if schema.user is None else schema.user.name
     for row in range(len(rows)):
         if rows.reasons[row] == Reason.GOOD:
-            found = json_cells(rows.text(row), list(cells))
+            found = json_cells(rows.text(row), list(cells), user)
             if found is None:
                 rows.reasons[row] = Reason.SYNTAX
                 continue
@@ -116,8 +118,8 @@ def json_members(text: bytes) -> dict[str, Any] | None:
     return members if isinstance(members, dict) else None
 
 
-def json_cells(text: bytes, names: list[str]) -> list[str | None] | None:
-    """The named members as texts; None if the text is no object of such."""
+def json_cells(text: bytes, names: list[str], user: str | None = None) -> list[str | None] | None:
+    """The named members as texts; None if the text is no object of such, or a user is neither text nor integer."""
     members = json_members(text)
     if members is None:
         return None
@@ -128,6 +130,8 @@ def json_cells(text: bytes, names: list[str]) -> list[str | None] | None:
             return None
         if isinstance(cell, str) and not is_unicode(cell):
             return None
+        if name == user and isinstance(cell, (float, bool)):
+            return None  # 7 and 7.0 would be two users
         found.append(json.dumps(cell) if isinstance(cell, (int, float)) else cell)
     return found
 
@@ -150,11 +154,15 @@ def _divided(
     import pyarrow as pa
 
     used, users = parsed.values, parsed.users
+    others = None if users is None else users.slice(0, 0)
     columns = np.full(len(reasons), -1, np.int64)
     if parsed.reasons.any():
         good = np.flatnonzero(parsed.reasons == Reason.GOOD)
         used = chosen(used, good)
-        users = None if users is None else users.take(pa.array(good))
+        if users is not None:
+            of_bad = users.filter(pa.array(parsed.reasons != Reason.GOOD)).drop_null()
+            others = of_bad if source.split == "test" else others
+            users = users.take(pa.array(good))
         reasons[readable], columns[readable] = parsed.reasons, parsed.columns
         readable = readable[good]
     test = is_test(used, source, places[readable], schema)
@@ -169,7 +177,7 @@ def _divided(
             "text": texts(bad),
         }
     )
-    return Refined(len(reasons), schema, used, users, test, quarantined)
+    return Refined(len(reasons), schema, used, users, others, test, quarantined)
 
 
 def is_test(

@@ -6,8 +6,8 @@
     sums, write    what becomes of those
 
 Which of a user's records are kept, and where, depends on these records alone: adding a user or taking one out changes
-the table by the user's own records. The first are those of the least hash of what they hold; a user with a record in a
-file of test rows is held out.
+the table by the user's own records. The first are those of the least hash of what they hold; a user with a row in a
+file of test rows is held out, unless that row cannot be read at all.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ KEPT: Final = "held_out boolean, record binary, result string"
 
 
 def records(refined: Refined) -> pa.RecordBatch:
-    """The rows that can be used, as RECORDS has them."""
+    """The rows that can be used, as RECORDS has them; and rows without record, for users to be held out by."""
     import pyarrow as pa
 
+    assert refined.others is not None  # the schema has users
     key = hashlib.sha256(refined.schema.preparation.key.encode()).digest()
-    hashed = row_hash(refined.values, key).view(np.int64)
-    columns = [refined.users, pa.array(~refined.held_out), pa.array(hashed), _packed(refined.values)]
-    return _batch(RECORDS, columns)
+    hashed = pa.array(row_hash(refined.values, key).view(np.int64))
+    rows = [refined.users, pa.array(~refined.held_out), hashed, _packed(refined.values)]
+    others = pa.nulls(len(refined.others))
+    without = [refined.others, pa.repeat(False, len(others)), others.cast(pa.int64()), others.cast(pa.binary())]
+    return _batch(RECORDS, [pa.concat_arrays(both) for both in zip(rows, without, strict=True)])
 
 
 def result(fields: str, text: str) -> pa.RecordBatch:
@@ -106,14 +109,16 @@ def keep(batches: Iterator[pa.RecordBatch], schema: Schema, by_hash: bool) -> It
         changes = pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)
         firsts = np.flatnonzero(np.concatenate(([users[0].as_py() != last.user], changes)))
         new = [_is_held_out(users[i].as_py(), schema) if by_hash else not trained[i] for i in firsts.tolist()]
+        is_record = batch.column("record").is_valid().to_numpy(zero_copy_only=False)
+        before = np.cumsum(is_record) - is_record  # records before each row of the batch
         # What is said of the user who goes on from the batch before comes first.
-        starts, decided = np.concatenate(([-last.seen], firsts)), np.array([last.held_out, *new])
+        starts, decided = np.concatenate(([-last.seen], before[firsts])), np.array([last.held_out, *new])
         which = np.searchsorted(firsts, np.arange(len(users)), side="right")
-        place = np.arange(len(users)) - starts[which]
-        kept = pa.array(place < schema.preparation.records_per_user)
+        place = before - starts[which]
+        kept = pa.array(is_record & (place < schema.preparation.records_per_user))
         yield _batch(KEPT, [pa.array(decided[which]).filter(kept), batch.column("record").filter(kept)])
-        surplus += len(users) - kept.true_count
-        last = _Last(users[-1].as_py(), int(place[-1]) + 1, bool(decided[-1]))
+        surplus += int(is_record.sum()) - kept.true_count
+        last = _Last(users[-1].as_py(), int(place[-1] + is_record[-1]), bool(decided[-1]))
     yield result(KEPT, json.dumps({"result": {"surplus": surplus}}))
 
 

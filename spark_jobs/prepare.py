@@ -64,6 +64,13 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
         require(not again, "test_input", source.path, "without files that are also input: they are trained on")
         sources.append(source)
     origin = origin_of(config, sources)
+    for source in sources:
+        apart = output.resolve() not in Path(source.path).resolve().parents
+        require(apart, "output", str(output), f"a folder without input, as {source.path} is")
+    for text in (*inputs, *test_inputs):
+        apart = not Path(text).is_dir() or Path(text).resolve() not in (output.resolve(), *output.resolve().parents)
+        require(apart, "output", str(output), f"outside of the input {text}, or it is input the next time")
+    parse_with(config, statistics.placeholders(schema))  # before anything is computed
     cut = [piece for source in sources for piece in pieces.cut(source, schema)]
     with shards.locked(output):
         if shards.is_done(output, origin):
@@ -97,7 +104,7 @@ def write_rows(
         return distribute(spark, work, lambda piece: pieces.sums(piece, schema), "statistics")
 
     released = release(sums, schema, origin, output)
-    known = parse_schema(statistics.declared(origin.config, released))
+    known = parse_with(origin.config, released)
     return distribute(spark, work, lambda piece: pieces.prepare(piece, known, output), "rows to Arrow"), released
 
 
@@ -132,10 +139,19 @@ def write_users(
         return [each["sums"] for each in found if "sums" in each]
 
     released = release(sums, schema, origin, output)
-    known = parse_schema(statistics.declared(origin.config, released))
+    known = parse_with(origin.config, released)
     done = collect(spark, kept.mapInArrow(write, users.KEPT), "users to Arrow", len(work) + partitions)
     kept.unpersist()
     return done, released
+
+
+def parse_with(config: str, released: dict[str, Any] | None) -> Schema:
+    """The schema with what was computed for it."""
+    try:
+        return parse_schema(statistics.declared(config, released))
+    except ArgumentError as error:
+        bound = f"such that [statistics.COLUMN] tables can follow at its end ({error})"
+        raise ArgumentError("config", "statistics", bound) from error
 
 
 def release(

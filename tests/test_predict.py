@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -20,8 +21,9 @@ import pytest
 import torch
 from raw_tables import COLUMNS, toml
 
-from fastdp import data, metrics, models, predict, shards, train
+from fastdp import data, files, metrics, models, predict, shards, train
 from fastdp.columns import Batch
+from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
 
 SCHEMA = toml(
@@ -182,6 +184,18 @@ def test_adult_without_header(here: Path, capfd: pytest.CaptureFixture[str]) -> 
     Path("new.csv").write_text(UCI + ', "x"\n')
     status, _, err = run(capfd, "run", "--data", "new.csv")
     assert status == 2 and "row 0 of new.csv='quotes': must be without stray quotation marks" in err
+
+
+def test_without_a_header_nothing_is_guessed_of_users(tmp_path: Path) -> None:
+    text = '[[column]]\nname = "who"\ntype = "user"\n[[column]]\nname = "age"\ntype = "number"\nbounds = [0, 100]\n'
+    text = 'format = 1\nname = "t"\n[file]\nheader = false\n' + text
+    text += '[[column]]\nname = "back"\ntype = "label"\nvalues = ["0", "1"]\n'
+    schema, path = dataclasses.replace(parse_schema(text), labelled=False), tmp_path / "n.csv"
+    path.write_text("u,50,1\nv,20,0\n")
+    assert files.read("data", path, schema).features.tolist() == [[0.5], [pytest.approx(0.2)]]
+    path.write_text("50,1\n20,0\n")
+    with pytest.raises(ArgumentError, match="it would not be known whether 'who' or the label is left out"):
+        files.read("data", path, schema)
 
 
 def test_a_run_that_is_not_private_is_told(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import random
@@ -255,6 +256,27 @@ def test_users_and_statistics(job: Any, tmp_path: Path, monkeypatch: Any) -> Non
             assert contents(output) == before
 
 
+def test_users_of_test_files_and_files_that_cannot_be_read(job: Any, tmp_path: Path) -> None:
+    text = USERS.replace('"STATS"', '"declared"') + "[statistics.length]\nmean = 0.0\ndeviation = 1.0\n"
+    rows = [(f"user {i % 40}", i % 90) for i in range(200)]
+    tables = []
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        folder = tmp_path / name
+        for part, some in (("train", order), ("test", [(f"user {i}", 99) for i in range(15)])):
+            (folder / part).mkdir(parents=True)
+            lines = [f"{who},{length},1\n" for who, length in some]
+            (folder / part / f"{part}.csv").write_text("who,length,back\n" + "".join(lines))
+        job.prepare(text, [str(folder / "train")], [str(folder / "test")], folder / "out")
+        table = prepared.load(folder / "out")
+        assert (len(table.train_labels), len(table.test_labels)) == (25, 15)
+        tables.append([sorted(rows_of(table, split)[:, 0].tolist()) for split in ("train", "test")])
+    assert tables[0] == tables[1] and tables[0][1] == pytest.approx([0.99] * 15)
+    whole = gzip.compress(b"who,length,back\n" + b"u,1,1\n" * 5000)
+    (tmp_path / "t.csv.gz").write_bytes(whole[:-20])
+    with pytest.raises(ArgumentError, match=r"t\.csv\.gz': must be a csv file that can be read"):
+        job.prepare(text, [str(tmp_path / "t.csv.gz")], [], tmp_path / "o")
+
+
 def test_changes_meanwhile_and_bad_rows_are_told(job: Any, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     path, make = tmp_path / "t.csv", job.write_rows
     WRITERS["t.csv"](plain_table(30), path)
@@ -293,6 +315,25 @@ def test_what_executors_cannot_read_is_told_like_what_the_driver_cannot(job: Any
             job.prepare(text, inputs, [], tmp_path / "o")
 
 
+def test_input_is_never_removed(job: Any, tmp_path: Path) -> None:
+    """Not even if the folder looks like one of a job that was killed."""
+    for split in ("train", "test"):
+        (tmp_path / "raw" / split).mkdir(parents=True)
+        WRITERS["t.csv"](plain_table(20), tmp_path / "raw" / split / f"part-0-{split}.csv")
+    before = contents(tmp_path / "raw")
+    train, test = str(tmp_path / "raw" / "train"), str(tmp_path / "raw" / "test")
+    with pytest.raises(ArgumentError, match="a folder without input"):
+        job.prepare(contract(), [train], [test], tmp_path / "raw")
+    with pytest.raises(ArgumentError, match="outside of the input"):
+        job.prepare(contract(), [train], [test], tmp_path / "raw" / "train" / "out")
+    WRITERS["t.csv"](plain_table(20), tmp_path / "t.csv")
+    with pytest.raises(ArgumentError, match="a folder that is empty or does not exist"):
+        job.prepare(contract(), [str(tmp_path / "t.csv")], [], tmp_path / "raw")
+    with pytest.raises(ArgumentError, match="a folder that is empty or does not exist"):
+        shards.begin(tmp_path / "raw")
+    assert contents(tmp_path / "raw") == before
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -304,7 +345,8 @@ def test_what_executors_cannot_read_is_told_like_what_the_driver_cannot(job: Any
         ({"input": ["s.toml"]}, r"input='s.toml': must be a file that ends in .csv"),
         ({"input": ["other.csv"]}, r"column 'height' of other.csv='absent'"),
         ({"test_input": ["empty/../t.csv"]}, r"test_input=.*without files that are also input"),
-        ({"output": "empty/.."}, r"output=.*must be a folder that is empty or does not exist"),
+        ({"output": "empty/.."}, r"output=.*must be a folder without input"),
+        ({"config": "inline.toml"}, r"config='statistics': must be such that \[statistics.COLUMN\] tables can follow"),
         ({"JAVA_HOME": "/none"}, r"java='/none': must be Java 17 or newer, .* install openjdk-17-jre-headless"),
         ({"JAVA_HOME": "old"}, r"java='.*version \"1.8.0.*must be Java 17 or newer"),
     ],
@@ -320,6 +362,8 @@ def test_mistakes_are_one_line(
     (tmp_path / "s.toml").write_text(contract())
     (tmp_path / "bad.toml").write_text("format = ")
     (tmp_path / "user.toml").write_text(contract() + '[[column]]\nname = "who"\ntype = "user"\n')
+    inline = USERS.replace('"STATS"', '"dp"\nnoise_multiplier = 1').replace("[prepare]", "statistics = {}\n[prepare]")
+    (tmp_path / "inline.toml").write_text(inline)
     (tmp_path / "other.csv").write_text("age,debt\n1,2\n")
     (tmp_path / "empty").mkdir()
     WRITERS["t.csv"](plain_table(5), tmp_path / "t.csv")
@@ -468,7 +512,7 @@ def test_a_job_that_is_killed_and_done_again_on_a_cluster(job: Any, tmp_path: Pa
         assert len([*tmp_path.glob("w[01]/app-*/*/stderr")]) == 2  # both had executors
     job.prepare(CONFIG, [str(raw)], [], tmp_path / "again")
     assert contents(out) == contents(tmp_path / "again")
-    assert len(parts()) == 30 and not list(out.rglob(".*"))
+    assert len(parts()) == 30 and not list(out.rglob("*.partial"))
     train(out, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from fractions import Fraction
@@ -14,7 +15,7 @@ import pytest
 import scipy.stats
 import torch
 from dp_accounting import pld
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastdp import pieces, prepared, shards, statistics, train
@@ -133,6 +134,37 @@ def test_the_noise_is_gaussian_of_its_size_and_never_the_same() -> None:
     assert abs(np.corrcoef(first["age"], first["debt"])[0, 1]) < 0.1
 
 
+def test_every_sum_has_noise_to_the_last_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each place, of numbers and of counts; from the system's generator; finer than what it hides."""
+    schema = parse_schema(contract("dp", 1.0))
+    total = statistics.sums(values_of([(30.0, 10.0, 1.5, "nurse")] * 5), schema)
+    draws = [statistics.noisy(total, 3.0) for _ in range(200)]
+    for name, numbers in total.items():
+        for i, exact in enumerate(numbers):
+            noise = np.array([draw[name][i] - exact for draw in draws]) / GRID
+            assert 2 < noise.std() < 4 and abs(noise.mean()) < 1.5
+            assert scipy.stats.kstest(noise % 1, "uniform").pvalue > 1e-6
+    seen: list[Any] = []
+    real = statistics.noisy
+    monkeypatch.setattr(
+        statistics, "noisy", lambda total, deviation: seen.append(dict(total)) or real(total, deviation)
+    )
+    statistics.release(total, schema)
+    assert seen == [total]
+    monkeypatch.setattr(statistics.secrets, "SystemRandom", None)
+    with pytest.raises(TypeError):
+        statistics.release(total, schema)
+
+
+def test_no_rows_and_noise_that_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = parse_schema(contract())
+    for total in ({}, statistics.sums(values_of([(30.0, 10.0, 1.5, "nurse")]), schema)):
+        parse_schema(statistics.declared(contract(), statistics.release(total, schema)))
+    monkeypatch.setattr(statistics, "noisy", lambda total, _: {name: [-5 * GRID] * len(n) for name, n in total.items()})
+    age = statistics.release({}, schema)["columns"]["age"]
+    assert age == {"mean": 0.0, "deviation": 1.0}
+
+
 def test_what_is_made_of_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [(30.0, 10.0, 1.5, "nurse"), (50.0, None, 1.5, "nurse"), (None, 99.0, 1.5, "?"), (0.0, 0.0, 1.5, None)]
     schema = parse_schema(contract("non-private"))
@@ -161,14 +193,15 @@ def test_what_is_made_of_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.text(min_size=1).filter(str.strip))
+@given(*[st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)] * 2)
+@example("j\U0001f600", "\U00020bb7")
 def test_the_contract_with_its_statistics_is_one_whatever_the_names(name: str, value: str) -> None:
-    quoted = [json.dumps(text).replace("\x7f", "\\u007f") for text in (name, value.strip())]
+    escaped = {ord(c): f"\\U{ord(c):08x}" for c in map(chr, [*range(32), 127, ord('"'), ord("\\")])}
+    quoted = [f'"{text.translate(escaped)}"' for text in (name, value.strip())]
     text = contract().replace('"height"', quoted[0]).replace('"nurse"', quoted[1])
-    try:
-        schema = parse_schema(text)
-    except ArgumentError:
-        return  # a name twice, for example
+    if name in NAMES or value.strip() in ("clerk", "none", "?", "rest"):
+        return
+    schema = parse_schema(text)
     total = statistics.sums({**values_of([(30.0, 10.0, 1.5, "nurse")]), name: np.array([1.5])}, schema)
     known = parse_schema(statistics.declared(text, statistics.release(total, schema)))
     assert known.unknown == () and statistics.declared(text, None) == text
@@ -271,6 +304,32 @@ def test_the_statistics_of_a_table_are_part_of_epsilon(tmp_path: Path, capsys: A
     assert torch.isfinite(features).all()
 
 
+def test_statistics_are_of_the_training_rows_only(tmp_path: Path) -> None:
+    table = prepared.load(prepare(tmp_path, contract("non-private")))
+    scaled = table.train_features[torch.arange(len(table.train_labels))][:, table.feature_names.index("height")]
+    assert abs(float(scaled.mean())) < 1e-4 and float(scaled.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    assert any("held out" in line or "not trained on" in line for line in table.assumptions)
+
+
+def test_tables_whose_epsilon_is_infinite_or_beyond_the_target(tmp_path: Path, capsys: Any) -> None:
+    table = prepare(tmp_path, contract("dp", 0.5))
+    status, _, said = run(table, tmp_path, capsys, "--target-epsilon", "1")
+    assert status == 2 and "target_epsilon=1.0: must be above" in said and "statistics cost alone" in said
+    (tmp_path / "open.toml").write_text(contract("dp"))
+    status, _, said = run(tmp_path / "t.csv", tmp_path, capsys, "--schema", str(tmp_path / "open.toml"))
+    assert status == 2 and "statistics=['age', 'debt', 'height', 'job']: must be declared" in said
+
+
+def test_other_statistics_are_another_table(tmp_path: Path) -> None:
+    """A run that code made the table of must not go on with a second release of the same records."""
+    made = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        made.append(prepared.load(prepare(tmp_path / name, contract("dp", 1.0))))
+    of_code = [dataclasses.replace(table, schema=None, digest=None) for table in made]
+    assert of_code[0].prior == of_code[1].prior and of_code[0].declaration != of_code[1].declaration
+
+
 def test_no_epsilon_is_printed_for_statistics_without_noise(tmp_path: Path, capsys: Any) -> None:
     table = prepare(tmp_path, contract("non-private"))
     summary = json.loads((table / shards.SUMMARY).read_text())
@@ -286,6 +345,7 @@ def test_no_epsilon_is_printed_for_statistics_without_noise(tmp_path: Path, caps
 def test_what_was_released_is_released_again_and_not_for_another_input(tmp_path: Path) -> None:
     text = contract()
     here, other = shards.Origin(text, "a", {}, "rows"), shards.Origin(text, "b", {}, "rows")
+    shards.begin(tmp_path)
     assert shards.recorded(tmp_path, here) is None
     schema = parse_schema(text)
     released = statistics.release(statistics.sums(values_of([(30.0, 10.0, 1.5, "nurse")]), schema), schema)
@@ -293,8 +353,10 @@ def test_what_was_released_is_released_again_and_not_for_another_input(tmp_path:
     shards.begin(tmp_path)  # as the run after one that was killed
     assert shards.recorded(tmp_path, here) == released
     assert (tmp_path / shards.STATISTICS).stat().st_mode & 0o777 == 0o600
-    with pytest.raises(ArgumentError, match=r"a new folder: its statistics\.json is of another input"):
-        shards.recorded(tmp_path, other)
+    changed = shards.Origin(text.replace("4.0", "5.0"), "a", {}, "rows")
+    for another in (other, changed):
+        with pytest.raises(ArgumentError, match=r"a new folder: its statistics\.json is of another input"):
+            shards.recorded(tmp_path, another)
     content = json.loads((tmp_path / shards.STATISTICS).read_text())
     content["released"]["noise_multiplier"] = 1e6
     (tmp_path / shards.STATISTICS).write_text(json.dumps(content))

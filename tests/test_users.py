@@ -192,6 +192,30 @@ def test_users_of_test_files_are_held_out_wholly(tmp_path: Path) -> None:
     assert found == [(False, 3.0, 1, 0), (True, 4.0, 2, 1), (True, 5.0, 2, 1)] and told["surplus"] == 2
 
 
+def test_a_test_row_that_cannot_be_used_holds_its_user_out_too(tmp_path: Path) -> None:
+    trained = write(tmp_path / "a.csv", [(who, 1.0, "a", "0") for who in "uvwxyz"])
+    held_out = tmp_path / "b.csv"
+    held_out.write_text("who,length,kind,back\nx,4,c,\nz,5,nothing,1\nz,5,c,0\n ,5,c,9\n")
+    for most in (1, 2):
+        text = contract(most)
+        batches = records(trained, text, "train", tmp_path / "out") + records(held_out, text, "test", tmp_path / "out")
+        for seed in range(5):  # cut elsewhere
+            found, told = kept(batches, text, False, seed)
+            assert [row[1] for row in found if not row[0]] == [1.0] * 4
+            assert told["rows"] == 10 == len(found) + told["reasons"] + told["surplus"]
+            assert sorted(row[1] for row in found if row[0]) == ([1.0, 5.0] if most == 1 else [1.0, 1.0, 5.0])
+
+
+def test_users_in_json_are_texts_or_integers(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    names = ("7", '"7"', "7.0", "true", "1e400", "null", '"x"')
+    path.write_text("".join(f'{{"who": {who}, "length": 1, "kind": "a", "back": 1}}\n' for who in names))
+    *batches, last = records(path, contract(), None, tmp_path / "out")
+    assert [who for batch in batches for who in batch["user"].to_pylist()] == [b"7", b"7", b"x"]
+    told = json.loads(last["result"][0].as_py())["result"]
+    assert told == {"rows": 7, "reasons": {"syntax": 3, "missing": 1}}
+
+
 def test_rows_of_nobody_go_to_quarantine(tmp_path: Path) -> None:
     path = write(tmp_path / "t.csv", [("x", 1.0, "a", "0"), ("", 1.0, "a", "0"), (" ", 1.0, "z", "0")])
     *_, last = records(path, contract(), None, tmp_path / "out")
