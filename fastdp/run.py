@@ -36,15 +36,20 @@ def load_table(options: Options) -> data.Table:
     data.check(table)
     n = len(table.train_labels)
     require(1 <= options.batch_size <= n, "batch_size", options.batch_size, f"in [1, {n}], the training records")
+    if table.prior:
+        check_prior(options, table)
+    return table
+
+
+def check_prior(options: Options, table: data.Table) -> None:
+    """ArgumentError if what the table's statistics cost leaves no noise to be found for the target."""
     before = accounting.Ledger(options.accountant, table.prior).epsilon(options.delta)
     if options.noise_multiplier is None:
         bound = f"given: no epsilon can be reached, since statistics in {options.data} have no noise"
         require(math.isfinite(before), "noise_multiplier", None, bound)
         target = 1.0 if options.target_epsilon is None else options.target_epsilon
-        require(
-            before < target, "target_epsilon", target, f"above {before:.4g}, what the table's statistics cost alone"
-        )
-    return table
+        bound = f"above {before:.4g}, what the table's statistics cost alone"
+        require(before < target, "target_epsilon", target, bound)
 
 
 @dataclasses.dataclass
