@@ -17,6 +17,7 @@ import gzip
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -26,6 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,7 +218,7 @@ def cold(command: list[Any], environ: dict[str, str]) -> tuple[float, float]:
         peak, ended = [0.0], threading.Event()
 
         def watch() -> None:
-            while not ended.wait(0.2):
+            while not ended.wait(0.5):  # a look costs up to 30 ms
                 peak[0] = max(peak[0], session_memory(process.pid))
 
         watcher = threading.Thread(target=watch)
@@ -247,15 +249,27 @@ def job_cold(workload: Workload, path: Path, output: Path, cores: int) -> tuple[
     config = output.with_suffix(".toml")
     config.write_text(workload.contract, encoding="utf-8")
     command = [sys.executable, JOB, "--config", config, "--input", path, "--output", output]
-    return cold(command, {"PYSPARK_SUBMIT_ARGS": f"--master local[{cores}] pyspark-shell"})
+    return cold(command, spark_on(cores))
 
 
-def job_warm(workload: Workload, path: Path, output: Path, rounds: int) -> float:
+def apart(environ: dict[str, str], work: Callable[..., float], *arguments: Any) -> float:
+    """What work(*arguments) says in a process of its own: Java and polars read once how many cores they have."""
+    os.environ.update(environ)
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(work, *arguments).result()
+    finally:
+        for name in environ:
+            del os.environ[name]
+
+
+def job_warm(name: str, path: Path, output: Path, rounds: int) -> float:
     """Median seconds of the job in a session that has done it before."""
+    workload = WORKLOADS[name]
     job, text = load_job(), workload.contract
     sources, schema = job.list_sources([str(path)], "input", None), workload.schema
     seconds = []
-    with job.session() as spark:
+    with job.connected() as spark:
         for _ in range(rounds + 1):
             shutil.rmtree(output, ignore_errors=True)
             start = time.perf_counter()
@@ -264,6 +278,17 @@ def job_warm(workload: Workload, path: Path, output: Path, rounds: int) -> float
             job.write(spark, cut, schema, job.origin_of(text, sources), output)
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
+
+
+def polars_warm(name: str, path: Path, output: Path, rounds: int) -> float:
+    """Median seconds of polars, which was loaded before."""
+    work = WORKLOADS[name].polars
+    work(path, output)
+    return statistics.median([timed(lambda: work(path, output)) for _ in range(rounds)])
+
+
+def spark_on(cores: int) -> dict[str, str]:
+    return {"PYSPARK_SUBMIT_ARGS": f"--master local[{cores}] pyspark-shell"}
 
 
 Found = dict[str, tuple[float, float | None]]
@@ -280,19 +305,19 @@ def measure(workload: Workload, path: Path, rows: int, rounds: int = 3, cores: S
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         output = Path(scratch) / "prepared"
         for count in cores:
-            found[f"job, cold, {count} core{'s' * (count > 1)}"] = job_cold(workload, path, output, count)
+            on = f"{count} core{'s' * (count > 1)}"
+            found[f"job, cold, {on}"] = job_cold(workload, path, output, count)
             assert signature_of(output) == expected
-        found["job, warm, 2 cores"] = job_warm(workload, path, output, rounds), None
-        assert signature_of(output) == expected
-        assert json.loads((output / shards.MANIFEST).read_text())["rows"]["read"] == rows
-        shutil.rmtree(output)
-        try:
-            polars = Path(scratch) / "polars.arrow"
-            seconds = [timed(lambda: workload.polars(path, polars)) for _ in range(rounds)]
-            found["polars, 2 cores"] = statistics.median(seconds), None
-            assert signature_of_polars(polars, workload.schema) == expected
-        except ImportError:
-            print("polars is not installed: left out")
+            found[f"job, warm, {on}"] = apart(spark_on(count), job_warm, workload.name, path, output, rounds), None
+            assert signature_of(output) == expected
+            assert json.loads((output / shards.MANIFEST).read_text())["rows"]["read"] == rows
+            shutil.rmtree(output)
+            if importlib.util.find_spec("polars") is None:
+                print("polars is not installed: left out")
+                continue
+            file, threads = Path(scratch) / "polars.arrow", {"POLARS_MAX_THREADS": str(count)}
+            found[f"polars, {on}"] = apart(threads, polars_warm, workload.name, path, file, rounds), None
+            assert signature_of_polars(file, workload.schema) == expected
     return found
 
 
@@ -307,7 +332,7 @@ def draw(found: Found, title: str, rows: int, figure: Path) -> None:
 
     names = list(found)[::-1]
     rates = [rows / found[name][0] / 1e6 for name in names]
-    _, axes = plt.subplots(figsize=(7, 2.6))
+    _, axes = plt.subplots(figsize=(7, 3))
     bars = axes.barh(names, rates)
     slowest = found["row loop"][0]
     axes.bar_label(bars, [f" {rows / found[name][0] / 1e6:.2f} ({slowest / found[name][0]:.1f}x)" for name in names])

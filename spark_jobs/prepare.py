@@ -42,7 +42,8 @@ from fastdp.schema import parse_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark import SparkContext
+    from pyspark.sql import DataFrame
 
 JAVA: Final = 17  # the oldest that Spark 4 runs on
 
@@ -76,7 +77,7 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
         if shards.is_done(output, origin):
             return f"{output} is there already, of the same input and configuration"
         shards.begin(output)
-        with session() as spark:
+        with connected() as spark:
             write(spark, cut, schema, origin, output)
     counts = shards.read_manifest(output)["rows"]
     if sum(counts["bad"].values()) > counts["read"] / 2:
@@ -84,7 +85,7 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
     return f"{output} is ready for python -m fastdp.train --data {output}; how many rows it has is in its manifest.json"
 
 
-def write(spark: SparkSession, cut: list[Piece], schema: Schema, origin: shards.Origin, output: Path) -> None:
+def write(spark: SparkContext, cut: list[Piece], schema: Schema, origin: shards.Origin, output: Path) -> None:
     """Make the prepared table of pieces in an empty folder; see fastdp/shards.py."""
     work = [replace(piece, number=number) for number, piece in enumerate(know_quotes(spark, cut, schema))]
     make = write_rows if schema.user is None else write_users
@@ -96,7 +97,7 @@ def write(spark: SparkSession, cut: list[Piece], schema: Schema, origin: shards.
 
 
 def write_rows(
-    spark: SparkSession, work: list[Piece], schema: Schema, origin: shards.Origin, output: Path
+    spark: SparkContext, work: list[Piece], schema: Schema, origin: shards.Origin, output: Path
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """What was done, and what statistics were released."""
 
@@ -109,18 +110,20 @@ def write_rows(
 
 
 def write_users(
-    spark: SparkSession, work: list[Piece], schema: Schema, origin: shards.Origin, output: Path
+    spark: SparkContext, work: list[Piece], schema: Schema, origin: shards.Origin, output: Path
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """As `write_rows`, of the records that are kept of each user; see fastdp/users.py."""
     from pyspark import TaskContext
+    from pyspark.sql import SparkSession
 
     by_hash = origin.evaluation != shards.FILES
 
-    def records(piece: Piece) -> Iterator[pa.RecordBatch]:
+    def records(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         try:
-            yield from pieces.records(piece, schema, output)
+            for number in (number for batch in batches for number in batch.column(0).to_pylist()):
+                yield from pieces.records(work[number], schema, output)
         except ArgumentError as error:  # would be the same again
-            yield users.result(users.RECORDS, json.dumps(as_result(error)))
+            yield users.result(users.RECORDS, json.dumps({"error": [error.name, str(error.value), error.bound]}))
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         context = TaskContext.get()
@@ -129,7 +132,8 @@ def write_users(
 
     order = [name for name in users.RECORDS.replace(",", "").split()[::2] if name != "result"]
     partitions = 1 + sum(source.bytes for source in {piece.source for piece in work}) // pieces.PIECE_BYTES
-    together = over(spark, work, records, users.RECORDS).repartition(partitions, "user")
+    numbers = SparkSession(spark).range(0, len(work), 1, max(1, len(work)))
+    together = numbers.mapInArrow(records, users.RECORDS).repartition(partitions, "user")
     kept = together.sortWithinPartitions(*order).mapInArrow(lambda rows: users.keep(rows, schema, by_hash), users.KEPT)
     if schema.unknown:
         kept = kept.persist()  # read twice
@@ -196,7 +200,7 @@ def list_sources(inputs: list[str], argument: str, split: Literal["train", "test
     return [pieces.source(found[name], name, split) for name in sorted(found)]
 
 
-def know_quotes(spark: SparkSession, work: list[Piece], schema: Schema) -> list[Piece]:
+def know_quotes(spark: SparkContext, work: list[Piece], schema: Schema) -> list[Piece]:
     """Pieces of CSV files with whether each begins within quotation marks: their numbers before it, added up."""
     unknown = {piece.source.path for piece in work if piece.inside is not None and piece.source.kind == "csv"}
     if not unknown or not (schema.layout.quotes and schema.layout.multiline):
@@ -213,53 +217,38 @@ def know_quotes(spark: SparkSession, work: list[Piece], schema: Schema) -> list[
     return known
 
 
-def distribute(spark: SparkSession, work: list[Piece], function: Callable[[Piece], Any], what: str) -> list[Any]:
-    """function(piece) for each, in order, on Spark's executors; the results travel as JSON."""
+def distribute(spark: SparkContext, work: list[Piece], function: Callable[[Piece], Any], what: str) -> list[Any]:
+    """function(piece) for each, in order, on Spark's executors; or the first ArgumentError."""
 
-    def run(piece: Piece) -> Iterator[pa.RecordBatch]:
-        import pyarrow as pa
-
+    def run(piece: Piece) -> Any:
         try:
-            result = {"number": piece.number, "result": function(piece)}
-        except ArgumentError as error:  # would be the same again
-            result = as_result(error)
-        yield pa.RecordBatch.from_pydict({"result": [json.dumps(result)]})
+            return function(piece)
+        except ArgumentError as error:  # would be the same again: no matter for Spark's retries
+            return error
 
-    return collect(spark, over(spark, work, run, "result string"), what, len(work))
-
-
-def over(
-    spark: SparkSession, work: list[Piece], function: Callable[[Piece], Iterator[pa.RecordBatch]], fields: str
-) -> DataFrame:
-    """A frame of what the function gives for each piece, a task each."""
-
-    def run(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            for number in batch.column(0).to_pylist():
-                yield from function(work[number])
-
-    return spark.range(0, len(work), 1, max(1, len(work))).mapInArrow(run, fields)
+    with progress(spark, what, len(work)):  # not a frame: Spark SQL takes 6 s to get ready
+        return checked(spark.parallelize(work, max(1, len(work))).map(run).collect())
 
 
-def collect(spark: SparkSession, frame: DataFrame, what: str, tasks: int) -> list[Any]:
-    """The results in a frame's JSON, in order of their numbers if they have some; or the first error."""
+def collect(spark: SparkContext, frame: DataFrame, what: str, tasks: int) -> list[Any]:
+    """The results in a frame's JSON, or the first ArgumentError in it."""
     with progress(spark, what, tasks):
         results = [json.loads(row.result) for row in frame.collect()]
+    return checked([ArgumentError(*each["error"]) if "error" in each else each["result"] for each in results])
+
+
+def checked(results: list[Any]) -> list[Any]:
+    """The results, or the first ArgumentError among them."""
     for result in results:
-        if "error" in result:
-            raise ArgumentError(*result["error"])
-    return [result["result"] for result in sorted(results, key=lambda result: result.get("number", 0))]
-
-
-def as_result(error: ArgumentError) -> dict[str, list[str]]:
-    """For `collect`, which raises it again."""
-    return {"error": [error.name, str(error.value), error.bound]}
+        if isinstance(result, ArgumentError):
+            raise result
+    return results
 
 
 @contextmanager
-def progress(spark: SparkSession, what: str, total: int) -> Iterator[None]:
+def progress(spark: SparkContext, what: str, total: int) -> Iterator[None]:
     """A line on a terminal that says how many pieces are done."""
-    tracker, ended = spark.sparkContext.statusTracker(), threading.Event()
+    tracker, ended = spark.statusTracker(), threading.Event()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=total)
@@ -279,11 +268,10 @@ def progress(spark: SparkSession, what: str, total: int) -> Iterator[None]:
 
 
 @contextmanager
-def session() -> Iterator[SparkSession]:
-    """A Spark session that ends with the block, and has what executors need."""
+def connected() -> Iterator[SparkContext]:
+    """A connection to Spark that ends with the block, and has what executors need."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # else the workers are the `python3` of PATH
     from pyspark import SparkConf, SparkContext
-    from pyspark.sql import SparkSession
 
     SparkContext._ensure_initialized()  # a SparkConf made before knows nothing of spark-submit's options
     conf = SparkConf()
@@ -298,12 +286,12 @@ def session() -> Iterator[SparkSession]:
     }.items():
         conf.setIfMissing(key, value)
     conf.set("spark.ui.showConsoleProgress", "false")  # which is on for whatever does not run under spark-submit
-    spark = SparkSession.builder.config(conf=conf).getOrCreate()
+    spark = SparkContext(conf=conf)
     try:
-        spark.sparkContext.setLogLevel("ERROR")
+        spark.setLogLevel("ERROR")
         with tempfile.TemporaryDirectory() as folder:
-            if not spark.sparkContext.master.startswith("local"):
-                spark.sparkContext.addPyFile(str(pack(Path(folder))))
+            if not spark.master.startswith("local"):
+                spark.addPyFile(str(pack(Path(folder))))
             yield spark
     finally:
         spark.stop()

@@ -112,7 +112,7 @@ def row_loop(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
 
 @pytest.fixture(scope="module")
 def job() -> Iterator[Any]:
-    """The job's module, in a Spark session that all tests share; a worker finds the module too."""
+    """The job's module, with a connection to Spark that all tests share; a worker finds the module too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(JOB.parent), str(ROOT), os.environ.get("PYTHONPATH", "")]))
         for name, value in QUICK.items():
@@ -121,14 +121,14 @@ def job() -> Iterator[Any]:
         patch.syspath_prepend(JOB.parent)
         import prepare
 
-        with prepare.session() as spark:
-            assert spark.sparkContext.master == "local[2]"
+        with prepare.connected() as spark:
+            assert spark.master == "local[2]"
 
             @contextmanager
             def shared() -> Iterator[Any]:
                 yield spark
 
-            patch.setattr(prepare, "session", shared)
+            patch.setattr(prepare, "connected", shared)
             yield prepare
 
 
