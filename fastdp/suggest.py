@@ -28,8 +28,8 @@ CLASSES: Final = 20  # more are no label; nor a vocabulary, if no two cells are 
 BOOLEANS: Final = (["0", "1"], ["false", "true"])  # that a contract takes undeclared
 LARGEST: Final = math.nextafter(1e300, 0)  # bound that a contract takes
 
-HEADER: Final = "true  # a guess: the first row has no number and no equal cells; but are these names of columns?"
-NO_HEADER: Final = "false  # a guess: the first row has numbers or equal cells; the columns are named by their places"
+HEADER: Final = "# a guess: the first row, of which the columns' names below are, has no number and no equal cells"
+NO_HEADER: Final = "# a guess: the first row has numbers or equal cells; the columns are named by their places"
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def draft(sources: list[Source]) -> str:
     used = [name for name, column in columns.items() if column.bounds or column.can_be_category]
     require(len(used) >= 2, "input", source.path, f"a table with two columns or more that vary and can be used: {used}")
     label = next((name for name in reversed(used) if columns[name].can_be_label), None)
+    of_rows = f"  {MARK}" if source.kind == "json" or (source.kind == "csv" and first.layout.header) else ""
     nulls = {"", *itertools.chain(*(column.nulls for column in columns.values()))}
     lines = [
         f"# A draft from up to {ROWS} rows of {_text(source.name)}. Of other files, only the columns' names were read.",
@@ -88,15 +89,16 @@ def draft(sources: list[Source]) -> str:
     if unread:
         lines.append(f"# Rows that cannot be read: {unread}. Cells that hold line feeds need multiline = true  {MARK}")
     for name, column in columns.items():
-        lines += ["", "[[column]]", f"name = {_text(name)}", *_column_lines(column, name == label)]
+        lines += ["", "[[column]]", f"name = {_text(name)}{of_rows}", *_column_lines(column, name == label)]
     if label is None:
         lines += ["", '# No guess at the label: one column must have the type "label", or "target" if it has bounds']
     return "\n".join([*lines, ""])
 
 
 def _file_lines(layout: Layout) -> list[str]:
-    lines = [f"header = {HEADER if layout.header else NO_HEADER}", f"delimiter = {_text(layout.delimiter)}"]
-    return [*lines, f"comment = {_text(layout.comment)}  # a guess"] if layout.comment else lines
+    header, why = ("true", HEADER) if layout.header else ("false", NO_HEADER)
+    lines = [why, f"header = {header}  {MARK}", f"delimiter = {_text(layout.delimiter)}  {MARK}"]
+    return [*lines, f"comment = {_text(layout.comment)}  {MARK}"] if layout.comment else lines
 
 
 def _column_lines(column: Found, is_label: bool) -> list[str]:

@@ -67,8 +67,8 @@ def quarantined(schema: Schema, path: Path) -> Counter[str]:
 
 def of(text: str, name: str) -> list[str]:
     """The lines about a column, after its name, with P in place of the mark."""
-    block = text.split(f"name = {json.dumps(name)}\n")[1].split("\n\n")[0]
-    return [line.replace(P, " P") for line in block.strip().split("\n")]
+    block = text.replace(P, " P").split(f"[[column]]\nname = {json.dumps(name)}")[1].split("\n\n")[0]
+    return block.rstrip("\n").split("\n")[1:]
 
 
 LOANS = """\
@@ -88,45 +88,46 @@ format = 1
 name = "loans"
 
 [file]
-header = true  # a guess: the first row has no number and no equal cells; but are these names of columns?
-delimiter = ";"
+# a guess: the first row, of which the columns' names below are, has no number and no equal cells
+header = true{P}
+delimiter = ";"{P}
 nulls = ["", "?"]{P}
 # Rows that cannot be read: 1 width. Cells that hold line feeds need multiline = true{P}
 
 [[column]]
-name = "age"
+name = "age"{P}
 type = "number"{P}
 bounds = [29, 57]{P}
 
 [[column]]
-name = "job"
+name = "job"{P}
 type = "category"{P}
 values = ["an \\"RN\\"; x", "clerk", "?"]{P}
 missing = "?"{P}
 
 [[column]]
-name = "debt"
+name = "debt"{P}
 type = "number"{P}
 bounds = [-2, 1000]{P}
 missing = "indicator"{P}
 
 [[column]]
-name = "member"
+name = "member"{P}
 type = "boolean"{P}
 
 [[column]]
-name = "mail"
+name = "mail"{P}
 type = "category"{P}
 values = ["a@b.c", "d@e.f", "g@h.i", ""]{P}
 missing = ""{P}
 
 [[column]]
-name = "since"
+name = "since"{P}
 type = "ignore"{P}
 # one value at most, or neither texts nor numbers nor booleans
 
 [[column]]
-name = "repaid"
+name = "repaid"{P}
 type = "label"{P}
 # a guess: the last column of few different texts
 values = ["no", "yes"]{P}
@@ -229,6 +230,7 @@ def test_a_column_word_for_word(kind: str, array: pa.Array, expected: list[str],
     text = draft(path)
     found = of(text, "x")
     assert found == expected
+    assert (f'name = "x"{P}\n' in text) == (kind == "json")  # other names are those of the table's own schema
     schema = parse_schema(text)
     assert schema.label.name == "y"
     infinite = sum("NaN or infinite" in line for line in found) and 2 - isinstance(array[0].as_py(), float)
@@ -262,7 +264,9 @@ def test_guesses_at_the_layout(
     assert (schema.layout.header, schema.layout.delimiter) == (header, delimiter)
     assert [column.name for column in schema.columns] == names
     assert quarantined(schema, path) == {}
-    assert ("header = true  # a guess" in found) == header and ("by their places" in found) == (not header)
+    assert f"header = {str(header).lower()}{P}\ndelimiter = {json.dumps(delimiter)}{P}\n" in found
+    assert ("of which the columns' names below are" in found) == header == ("by their places" not in found)
+    assert all((f"name = {json.dumps(name)}{P}\n" in found) == header for name in names)
 
 
 def test_json_rows_and_members_that_cannot_be_used(tmp_path: Path) -> None:
@@ -271,6 +275,7 @@ def test_json_rows_and_members_that_cannot_be_used(tmp_path: Path) -> None:
     path = written(tmp_path / "t.jsonl", "\n".join(rows))
     text = draft(path)
     assert [column.name for column in parse_schema(text).columns] == ["a", "b", "y", "e"]
+    assert text.count(f'name = "a"{P}\n') == text.count(f'name = "e"{P}\n') == 1
     assert of(text, "a") == number("1", "2", INDICATOR) and of(text, "b") == of(text, "e") == IGNORED
     assert f"# Rows that cannot be read: 5 syntax. Cells that hold line feeds need multiline = true{P}" in text
     assert quarantined(parse_schema(text), path) == {"syntax": 5}
@@ -445,8 +450,16 @@ def test_any_csv_file_has_a_draft_that_its_rows_keep_or_an_error_of_one_line(
         found.pop("missing", 0)  # of a column that was made the label although it has such
     assert ("NaN or infinite" in text) == (found.pop("number", 0) > 0)
     assert found == told
-    for line in text.split("[file]")[1].splitlines():
-        assert line.endswith(P) == line.startswith(("nulls", "type", "bounds", "values", "missing", "# Rows", "# NaN"))
+    unmarked = (
+        "[[column]]",
+        "# a guess",
+        "# too many",
+        "# one value",
+        "# No guess",
+        *['name = "column '] * (not schema.layout.header),
+    )
+    for line in filter(None, text.split("[file]")[1].splitlines()):
+        assert line.endswith(P) != line.startswith(unmarked)
 
 
 @settings(max_examples=100, deadline=None)
