@@ -73,9 +73,12 @@ class Run:
 
     @property
     def is_private(self) -> bool:
-        """Whether epsilon means anything."""
-        before = accounting.Ledger(self.options.accountant, self.table.prior).epsilon(self.options.delta)
-        return math.isfinite(before) and not any(line.startswith("NOT PRIVATE") for line in self.assumptions)
+        """Whether epsilon means anything; if not, `assumptions` say why."""
+        engine, options = self.engine, self.options
+        assert engine.plan is not None
+        before = accounting.Ledger(options.accountant, self.table.prior).epsilon(options.delta)
+        small_delta = options.delta < 1 / len(self.table.train_labels)
+        return math.isfinite(before) and small_delta and engine.seed is None and engine.plan.noise_multiplier > 0
 
     @property
     def assumptions(self) -> list[str]:

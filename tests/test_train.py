@@ -258,6 +258,13 @@ def test_a_run_without_noise_is_valid_json_and_not_private(tmp_path: Path) -> No
     ]
 
 
+def test_a_delta_that_allows_a_record_to_be_published_is_not_private(tmp_path: Path) -> None:
+    done = train_cli("--epochs", "1", "--delta", "0.1", "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["epsilon"] > 0 and report["private"] is False
+
+
 def test_slow_evaluation_does_not_exhaust_the_peers_patience(tmp_path: Path) -> None:
     done = launch.start("train_slow_evaluation.py", str(tmp_path / "out"), ranks=2, timeout=100)
     assert done.returncode == 0, done.stdout
