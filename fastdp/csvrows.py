@@ -237,8 +237,12 @@ def _after_last_feed(data: bytes, layout: Layout) -> int:
 
 
 def _after_feed(data: bytes, inside: bool, layout: Layout) -> int | None:
-    feeds = _feeds(np.frombuffer(data, np.uint8), _enclosing(data, layout), inside)
-    return int(feeds[0]) + 1 if len(feeds) else None
+    """After the first that ends a row."""
+    for head in (data[:READ_BYTES], data):  # the first will mostly do
+        feeds = _feeds(np.frombuffer(head, np.uint8), _enclosing(head, layout), inside)
+        if len(feeds):
+            return int(feeds[0]) + 1
+    return None
 
 
 def _quotes(data: bytes) -> npt.NDArray[np.int64]:

@@ -9,7 +9,8 @@ from typing import IO, TYPE_CHECKING, Final
 
 import numpy as np
 
-from fastdp import csvrows, files, pieces, transform
+from fastdp import csvrows, pieces, transform
+from fastdp.cells import is_number
 from fastdp.columns import Layout, Reason
 from fastdp.errors import require
 from fastdp.transform import Source
@@ -54,7 +55,7 @@ def _csv(source: Source) -> Sample:
         layout, width = _layout(stream.read(csvrows.ROW_BYTES))
         stream.seek(0)
         names, start = csvrows.head(stream, layout)
-        if names is not None and (len(set(names)) < len(names) or any(map(files.is_number, names))):
+        if names is not None and (len(set(names)) < len(names) or any(map(is_number, names))):
             layout, names = replace(layout, header=False), [f"column {i + 1}" for i in range(width)]
             stream.seek(0)
             _, start = csvrows.head(stream, layout)

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
-from fastdp import csvrows, shards, statistics, transform, users
+from fastdp import arrowfiles, csvrows, statistics, transform, users
 from fastdp.columns import Layout, Schema
 from fastdp.errors import ArgumentError
 from fastdp.files import KINDS, csv_head, endings, kind_of, open_bytes, reading, used_columns
@@ -98,8 +98,8 @@ def prepare(piece: Piece, schema: Schema, output: Path) -> dict[str, Any]:
     return {"rows": rows, "reasons": reasons, **writer.written()}
 
 
-def _writer(piece: Piece, schema: Schema, output: Path) -> shards.SplitWriter:
-    return shards.SplitWriter(output, f"part-{piece.number:05d}.arrow", schema)
+def _writer(piece: Piece, schema: Schema, output: Path) -> arrowfiles.SplitWriter:
+    return arrowfiles.SplitWriter(output, f"part-{piece.number:05d}.arrow", schema)
 
 
 def records(piece: Piece, schema: Schema, output: Path) -> Iterator[pa.RecordBatch]:
@@ -155,7 +155,7 @@ def _refined(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
 
 def _parts(data: bytes, layout: Layout, schema: Schema) -> Iterator[tuple[int, bytes]]:
     """Rows in parts of about as many as may be encoded together, and where these begin."""
-    parts = -(-data.count(b"\n") // shards.rows_at_once(schema))
+    parts = -(-data.count(b"\n") // arrowfiles.rows_at_once(schema))
     if parts <= 1:
         return iter([(0, data)])
     return csvrows.blocks(io.BytesIO(data), layout, -(-len(data) // parts))
@@ -208,7 +208,7 @@ def _refined_parquet(piece: Piece, schema: Schema) -> Iterator[transform.Refined
     from pyarrow import parquet
 
     opened = parquet.ParquetFile(piece.source.path, memory_map=True)
-    row, groups, at_once = piece.first_row, list(range(piece.start, piece.stop)), shards.rows_at_once(schema)
+    row, groups, at_once = piece.first_row, list(range(piece.start, piece.stop)), arrowfiles.rows_at_once(schema)
     used = [column.name for column in schema.used]
     for batch in opened.iter_batches(min(PIECE_ROWS, at_once), groups, used, use_threads=False):
         yield transform.of_columns(batch, piece.source, row, schema)
@@ -219,7 +219,7 @@ def _refined_arrow(piece: Piece, schema: Schema) -> Iterator[transform.Refined]:
     import pyarrow as pa
 
     opened, row = pa.ipc.open_file(pa.memory_map(piece.source.path)), piece.first_row
-    at_once = min(PIECE_ROWS, shards.rows_at_once(schema))
+    at_once = min(PIECE_ROWS, arrowfiles.rows_at_once(schema))
     for i in range(piece.start, piece.stop):
         batch = opened.get_batch(i).select([column.name for column in schema.used])
         for first in range(0, batch.num_rows, at_once):

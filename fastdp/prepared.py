@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdp import shards
+from fastdp import arrowfiles, shards
 from fastdp.columns import Schema
 from fastdp.errors import ArgumentError, require
 from fastdp.schema import parse_schema
@@ -31,7 +31,7 @@ def load(path: Path, verify: bool = False) -> Table:
     shards.check_files(path, manifest, sums=verify)
     text = shards.contract(manifest)
     schema = parse_schema(text)
-    train, test = (_split(path, manifest["files"][split], schema) for split in shards.SPLITS)
+    train, test = (_split(path, manifest["files"][split], schema) for split in arrowfiles.SPLITS)
     require(len(test["label"]) > 0, "data", str(path), "a table with test rows: see [prepare] test, and --test-input")
     assumptions = ["bounds, vocabularies and fill values are those of the prepared table's schema, taken to be public"]
     if schema.unit == "user":
@@ -74,7 +74,7 @@ def load(path: Path, verify: bool = False) -> Table:
 
 
 def _split(folder: Path, files: list[dict[str, Any]], schema: Schema) -> dict[str, Stacked]:
-    parts: dict[str, list[Tensor]] = {name: [] for name in shards.layout_of(schema).names}
+    parts: dict[str, list[Tensor]] = {name: [] for name in arrowfiles.layout_of(schema).names}
     for file in files:
         for name, tensors in _columns(folder / file["file"], file["rows"], schema).items():
             parts[name] += tensors
@@ -103,7 +103,7 @@ def _views(path: Path, rows: int, schema: Schema) -> dict[str, list[Tensor]]:
     whole = pa.py_buffer(mapped.numpy())
     opened = pa.ipc.open_file(whole)
     batches = [opened.get_batch(i) for i in range(opened.num_record_batches)]
-    layout = shards.layout_of(schema)
+    layout = arrowfiles.layout_of(schema)
     require(
         opened.schema.equals(layout),
         f"columns of {path}",

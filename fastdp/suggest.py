@@ -12,7 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from fastdp import files, pieces
+from fastdp import pieces
+from fastdp.cells import decoded
 from fastdp.columns import Column, Layout, Schema
 from fastdp.errors import require
 from fastdp.peek import ROWS, Sample, sample
@@ -128,7 +129,7 @@ def _find(cells: pa.Array) -> Found:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    cells = files.decoded(cells)
+    cells = decoded(cells)
     whole = pa.types.is_integer(cells.type) or pa.types.is_boolean(cells.type)
     if pa.types.is_floating(cells.type) or pa.types.is_decimal(cells.type):
         numbers = cells.drop_null().cast(pa.float64(), safe=False).to_pylist()

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastdp import csvrows, files
+from fastdp.cells import Parsed, parse_rows
 from fastdp.columns import Array, Batch, Reason, Schema
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Refined:
 def of_csv(data: bytes, source: Source, offset: int, names: list[str], schema: Schema) -> Refined:
     """Of the rows in `data`, which stands `offset` bytes after the beginning of its file; its columns are `names`."""
     rows = csvrows.split(data, schema.layout)
-    whole = files.parse_rows(files.csv_cells(rows, names, schema), schema)
+    whole = parse_rows(files.csv_cells(rows, names, schema), schema)
     readable = np.flatnonzero(rows.reasons == Reason.GOOD)
     return _divided(rows.reasons, readable, whole, rows.starts + offset, source, rows.texts, schema)
 
@@ -74,7 +75,7 @@ def of_columns(batch: pa.RecordBatch, source: Source, first_row: int, schema: Sc
     """Of rows that are typed already; `first_row` rows of their file stand before them."""
     import pyarrow as pa
 
-    whole = files.parse_rows({column.name: batch.column(column.name) for column in schema.used}, schema)
+    whole = parse_rows({column.name: batch.column(column.name) for column in schema.used}, schema)
     places = np.arange(first_row, first_row + batch.num_rows)
 
     def texts(rows: npt.NDArray[np.int64]) -> pa.Array:
@@ -101,7 +102,7 @@ def of_json_lines(data: bytes, source: Source, offset: int, schema: Schema) -> R
             for name, cell in zip(cells, found, strict=True):
                 cells[name].append(cell)
     readable = np.flatnonzero(rows.reasons == Reason.GOOD)
-    whole = files.parse_rows({name: pa.array(texts, pa.string()) for name, texts in cells.items()}, schema)
+    whole = parse_rows({name: pa.array(texts, pa.string()) for name, texts in cells.items()}, schema)
     return _divided(rows.reasons, readable, whole, rows.starts + offset, source, rows.texts, schema)
 
 
@@ -144,7 +145,7 @@ def is_unicode(text: str) -> bool:
 def _divided(
     reasons: npt.NDArray[np.uint8],
     readable: npt.NDArray[np.int64],
-    parsed: files.Parsed,
+    parsed: Parsed,
     places: npt.NDArray[np.int64],
     source: Source,
     texts: Any,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from fastdp import shards, statistics
+from fastdp import arrowfiles, statistics
 from fastdp.columns import Array, Schema
 from fastdp.transform import Refined, bits, chosen, row_hash
 
@@ -152,11 +152,11 @@ def sums(batches: Iterator[pa.RecordBatch], schema: Schema) -> Iterator[pa.Recor
 
 def write(batches: Iterator[pa.RecordBatch], number: int, schema: Schema, output: Path) -> Iterator[pa.RecordBatch]:
     """KEPT to files of this number under `output`; what the manifest shall say of them as a result."""
-    with shards.SplitWriter(output, f"part-{number:05d}.arrow", schema) as writer:
+    with arrowfiles.SplitWriter(output, f"part-{number:05d}.arrow", schema) as writer:
         for batch, told in _divided(batches):
             yield from (result(KEPT, text) for text in told)
-            for first in range(0, batch.num_rows, shards.rows_at_once(schema)):
-                part = batch.slice(first, shards.rows_at_once(schema))
+            for first in range(0, batch.num_rows, arrowfiles.rows_at_once(schema)):
+                part = batch.slice(first, arrowfiles.rows_at_once(schema))
                 values = unpacked(part.column("record"), schema)
                 held_out = part.column("held_out").to_numpy(zero_copy_only=False)
                 writer.add("train", schema.encode(chosen(values, np.flatnonzero(~held_out))))

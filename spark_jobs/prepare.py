@@ -49,8 +49,8 @@ JAVA: Final = 17  # the oldest that Spark 4 runs on
 
 # What executors need of fastdp, which need not be installed there; pyarrow and numpy must be.
 SHIPPED: Final = (
-    *("errors", "disk", "columns", "schema", "files", "csvrows"),
-    *("statistics", "shards", "transform", "users", "pieces"),
+    *("errors", "disk", "columns", "schema", "cells", "csvrows", "files"),
+    *("statistics", "arrowfiles", "shards", "transform", "users", "pieces"),
 )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from raw_tables import HOSTILE, NAMES, WRITERS, contract, joined, plain_table, refine, write_csv
 from test_csvrows import oracle
 
-from fastdp import csvrows, pieces, shards
+from fastdp import arrowfiles, csvrows, pieces
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
 
@@ -63,7 +63,7 @@ def test_every_cut_of_a_csv_file_gives_the_same_rows(
     for piece_bytes, encoded in ((size, 64 << 20), (16 << 20, size), (size, size)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pieces, "PIECE_BYTES", piece_bytes)
-            patch.setattr(shards, "ENCODED_BYTES", encoded)
+            patch.setattr(arrowfiles, "ENCODED_BYTES", encoded)
             for each in (path, packed):
                 parts = refine(each, schema)
                 assert [{**b, "file": "t.csv"} for part in parts for b in part.bad.to_pylist()] == bad
@@ -79,7 +79,7 @@ def test_every_cut_of_other_files_gives_the_same_rows(name: str, tmp_path: Path,
     for rows, size, encoded in ((1, 50, 1 << 20), (20, 1000, 1 << 20), (80, 1 << 20, 500)):
         monkeypatch.setattr(pieces, "PIECE_ROWS", rows)
         monkeypatch.setattr(pieces, "PIECE_BYTES", size)
-        monkeypatch.setattr(shards, "ENCODED_BYTES", encoded)
+        monkeypatch.setattr(arrowfiles, "ENCODED_BYTES", encoded)
         parts = refine(path, schema)
         assert len(parts) > len(whole)
         assert [b for p in parts for b in p.bad.to_pylist()] == [b for p in whole for b in p.bad.to_pylist()]

@@ -16,10 +16,10 @@ import torch
 from raw_tables import toml
 
 from fastdp import pieces
+from fastdp.cells import parse_or_raise
 from fastdp.columns import Column, Schema
 from fastdp.data import Table, check_finite, load
 from fastdp.errors import ArgumentError
-from fastdp.files import parse_or_raise
 from fastdp.schema import parse_schema
 
 DATASETS = resources.files("fastdp") / "datasets"

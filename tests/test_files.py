@@ -23,6 +23,7 @@ from raw_tables import COLUMNS, toml
 from torch.utils.data import Dataset
 
 from fastdp import data, files
+from fastdp.cells import parse_or_raise
 from fastdp.data import Table, load
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
@@ -480,7 +481,7 @@ def codes(texts: list[str], contract: str) -> list[int]:
     """Of cells of the column "job"."""
     schema = parse_schema(contract)
     one = dataclasses.replace(schema, columns=schema.columns[2:3])
-    return files.parse_or_raise({"job": pa.array(texts)}, one)["job"].tolist()
+    return parse_or_raise({"job": pa.array(texts)}, one)["job"].tolist()
 
 
 def test_texts_keep_their_blanks_where_declared() -> None:

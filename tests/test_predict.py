@@ -21,7 +21,7 @@ import pytest
 import torch
 from raw_tables import COLUMNS, toml
 
-from fastdp import data, files, metrics, models, predict, shards, train
+from fastdp import arrowfiles, data, files, metrics, models, predict, shards, train
 from fastdp.columns import Batch
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
@@ -221,8 +221,8 @@ def test_a_prepared_table_with_codes(here: Path, capfd: pytest.CaptureFixture[st
     rows = Batch(
         generator.random((200, 3), np.float32), generator.integers(0, 3, (200, 1), np.int32), np.arange(200) % 2
     )
-    with shards.SplitWriter(folder, "part-0.arrow", schema) as writer:
-        for split in shards.SPLITS:
+    with arrowfiles.SplitWriter(folder, "part-0.arrow", schema) as writer:
+        for split in arrowfiles.SPLITS:
             writer.add(split, rows)
     done = [{"rows": 400, **writer.written()}]
     shards.finish(folder, schema, shards.Origin(text, "", {}, "rows"), done, None)

@@ -28,7 +28,7 @@ if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
 
 from raw_tables import WRITERS, contract, plain_table  # noqa: E402
 
-from fastdp import pieces, prepared, shards  # noqa: E402
+from fastdp import arrowfiles, pieces, prepared, shards  # noqa: E402
 from fastdp.errors import ArgumentError  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +195,7 @@ def test_a_folder_of_every_kind_of_file_is_one_table(job: Any, tmp_path: Path, m
     job.prepare(text, [str(tmp_path / "raw")], [], tmp_path / "a")
     job.prepare(text, [str(tmp_path / "all.csv")], [], tmp_path / "b")
     found, wanted = (prepared.load(tmp_path / n, verify=True) for n in "ab")
-    for split in shards.SPLITS:
+    for split in arrowfiles.SPLITS:
         np.testing.assert_array_equal(rows_of(found, split), rows_of(wanted, split))
     bad = [json.loads((tmp_path / n / shards.MANIFEST).read_text())["rows"]["bad"] for n in "ab"]
     assert bad[0] == bad[1] and set(bad[0]) == {"missing", "unknown"}

@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdp import prepared, shards
+from fastdp import arrowfiles, prepared, shards
 from fastdp.columns import Batch
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
@@ -49,7 +49,7 @@ def batch(rows: int, text: str, seed: int = 0) -> Batch:
 
 def bad_rows(rows: int) -> pa.RecordBatch:
     values = [["t.csv"] * rows, [*range(rows)], ["number"] * rows, ["x0"] * rows, [b"a secret"] * rows]
-    layout = shards.quarantine_layout()
+    layout = arrowfiles.quarantine_layout()
     return pa.record_batch([pa.array(v, f.type) for v, f in zip(values, layout, strict=True)], layout)
 
 
@@ -59,7 +59,7 @@ def write_table(folder: Path, text: str, train: list[list[Batch]], test: list[Ba
     written = []
     for number, batches in enumerate(train):
         held_out = (test or [batch(5, text, 99)]) if number == 0 else []
-        with shards.SplitWriter(folder, f"part-{number:05d}.arrow", parse_schema(text)) as writer:
+        with arrowfiles.SplitWriter(folder, f"part-{number:05d}.arrow", parse_schema(text)) as writer:
             for split, parts in (("train", batches), ("test", held_out)):
                 for part in parts:
                     writer.add(split, part)
@@ -104,7 +104,7 @@ def test_what_was_written_is_read_and_every_buffer_is_aligned(
             for column in opened.get_batch(i).columns:
                 for buffer in column.buffers():
                     offset = 0 if buffer is None or not buffer.size else buffer.address - content.address
-                    assert offset % shards.ALIGNMENT == 0, file
+                    assert offset % arrowfiles.ALIGNMENT == 0, file
 
 
 def mappings() -> dict[tuple[int, int], str]:
@@ -120,7 +120,7 @@ def test_tensors_are_the_files_pages_and_the_files_stay_as_they_are(folder: Path
     for stack in (table.train_features, table.train_labels, table.train_categories, table.test_features):
         assert isinstance(stack, Stacked)
         for part in stack.parts:
-            assert part.data_ptr() % shards.ALIGNMENT == 0
+            assert part.data_ptr() % arrowfiles.ALIGNMENT == 0
             (name,) = (n for (a, b), n in found.items() if a <= part.data_ptr() and part.data_ptr() + part.nbytes <= b)
             assert name.startswith(str(folder))
     before = {path: path.read_bytes() for path in folder.glob("t*/*.arrow")}
@@ -301,7 +301,7 @@ sys.path.insert(0, sys.argv[1])
 from test_shards import *
 text = contract()
 shards.begin(Path(sys.argv[2]))
-with shards.SplitWriter(Path(sys.argv[2]), "part-00000.arrow", parse_schema(text)) as writer:
+with arrowfiles.SplitWriter(Path(sys.argv[2]), "part-00000.arrow", parse_schema(text)) as writer:
     while True:
         writer.add("train", batch(1000, text))
         print("more", flush=True)
@@ -334,7 +334,7 @@ def test_a_killed_writer_leaves_no_readable_half(tmp_path: Path) -> None:
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     text = contract()
     shards.begin(tmp_path)
-    with pytest.raises(KeyError), shards.SplitWriter(tmp_path, "part-00000.arrow", parse_schema(text)) as writer:
+    with pytest.raises(KeyError), arrowfiles.SplitWriter(tmp_path, "part-00000.arrow", parse_schema(text)) as writer:
         writer.add("train", batch(3, text))
         raise KeyError
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [shards.MARKER]
@@ -345,7 +345,7 @@ def test_writers_of_one_part_do_not_disturb_each_other(tmp_path: Path) -> None:
     text = contract()
     shards.begin(tmp_path)
     rows = [batch(100, text, i) for i in range(4)]
-    writers = [shards.SplitWriter(tmp_path, "part-00000.arrow", parse_schema(text)) for _ in range(2)]
+    writers = [arrowfiles.SplitWriter(tmp_path, "part-00000.arrow", parse_schema(text)) for _ in range(2)]
     for writer in writers:
         writer.__enter__()
     for part, writer in itertools.product(rows, writers):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdp import pieces, prepared, shards, statistics, transform, users
+from fastdp import arrowfiles, pieces, prepared, shards, statistics, transform, users
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
 
@@ -256,7 +256,7 @@ def test_written_files_hold_what_was_kept(tmp_path: Path, monkeypatch: pytest.Mo
     schema, output = parse_schema(text), tmp_path / "out"
     batches = records(write(tmp_path / "t.csv", rows), text, None, output)
     told = []
-    monkeypatch.setattr(shards, "ENCODED_BYTES", 100)  # some rows at once
+    monkeypatch.setattr(arrowfiles, "ENCODED_BYTES", 100)  # some rows at once
     frames = users.keep(iter([one_batch(together(batches, random.Random(0)))]), schema, True)
     for batch in users.write(frames, 3, schema, output):
         told += [json.loads(each)["result"] for each in batch["result"].to_pylist()]
@@ -264,7 +264,7 @@ def test_written_files_hold_what_was_kept(tmp_path: Path, monkeypatch: pytest.Mo
     manifest = shards.read_manifest(output)
     assert manifest["privacy_unit"] == "record" and manifest["rows"]["surplus"] == 20
     found = []
-    for split in shards.SPLITS:
+    for split in arrowfiles.SPLITS:
         table = pa.ipc.open_file(output / split / "part-00003.arrow").read_all()
         found += [(split == "test", *x, y) for x, y in zip(*map(pa.ChunkedArray.to_pylist, table.columns), strict=True)]
     kept_rows, _ = kept(batches, text, True)

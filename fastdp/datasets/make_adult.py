@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fastdp.cells import parse_or_raise
 from fastdp.columns import Schema
-from fastdp.files import parse_or_raise
 from fastdp.schema import parse_schema
 
 HERE = Path(__file__).parent
