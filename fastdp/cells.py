@@ -116,7 +116,9 @@ def _codes(column: Column, texts: pa.Array, layout: Layout) -> tuple[Array, Arra
     # Nulls that are spellings of a value are values.
     meaning = {text: -1 for text in layout.nulls} | dict(column.spellings)
     if layout.strip:  # many files have a blank before each cell: looking these up at once saves trimming them
-        meaning |= {f" {text}": code for text, code in meaning.items() if text == text.strip() and f" {text}" not in meaning}
+        meaning |= {
+            f" {text}": code for text, code in meaning.items() if text == text.strip() and f" {text}" not in meaning
+        }
     known = pa.array([*meaning], pa.string())
     codes = np.array([*meaning.values(), -2], np.int64)
     missing = texts.is_null().to_numpy(zero_copy_only=False)
