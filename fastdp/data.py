@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from fastdp import attributes, files, ops, prepared
+from fastdp import attributes, files, ops, prepared, shards
 from fastdp.columns import Batch, Schema
 from fastdp.errors import ArgumentError, require
 from fastdp.schema import parse_schema
@@ -54,6 +54,8 @@ def load(
     """
     path = Path(data)
     is_prepared = data not in EMBEDDED and prepared.is_prepared(path)
+    cut_off = data not in EMBEDDED and not is_prepared and (path / shards.MARKER).exists()
+    require(not cut_off, "data", data, "a whole prepared table: spark_jobs/prepare.py was cut off, run it again")
     require(is_prepared or not verify, "verify", verify, f"absent for data={data!r}: it is for prepared folders")
     if data not in EMBEDDED and not is_prepared and (path.exists() or files.kind_of(data) is not None):
         require(schema is not None, "schema", None, f"a TOML file that declares the columns of {data}")
@@ -65,7 +67,8 @@ def load(
         ("evaluation_data", evaluation_data and str(evaluation_data)),
         ("evaluation_fraction", evaluation_fraction),
     ):
-        require(value is None, name, value, f"absent for data={data!r}: it is for files")
+        own = ", and a prepared table has its own" if is_prepared else ""
+        require(value is None, name, value, f"absent for data={data!r}: it is for files{own}")
     if is_prepared:
         return prepared.load(path, verify)
     if data in EMBEDDED:

@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdp import arrowfiles, prepared, shards
+from fastdp import arrowfiles, data, prepared, shards
 from fastdp.columns import Batch
 from fastdp.errors import ArgumentError
 from fastdp.schema import parse_schema
@@ -323,7 +323,11 @@ def test_a_killed_writer_leaves_no_readable_half(tmp_path: Path) -> None:
     text = contract()
     origin = shards.Origin(text, "sha-of-input", {}, "")
     assert not shards.is_done(path, origin)
+    with pytest.raises(ArgumentError, match=r"data=.*a whole prepared table: .* was cut off, run it again"):
+        data.load(str(path))
     write_table(path, text, [[batch(3, text)]])
+    with pytest.raises(ArgumentError, match=r"schema='s.toml': .*: it is for files, and a prepared table has its own"):
+        data.load(str(path), "s.toml")
     assert not list(path.rglob("*.partial")) and len(prepared.load(path, verify=True).train_labels) == 3
     assert shards.is_done(path, origin)
     for other in (dataclasses.replace(origin, input="another"), dataclasses.replace(origin, config=contract(1))):
