@@ -71,12 +71,13 @@ def replace_rows(x: Tensor, changed: Tensor, strength: float) -> Tensor:
     if x.dtype == torch.bool:
         x[changed] = ~old
     elif not x.is_floating_point():  # other records' labels or tokens; where all are alike, the neighbouring one
-        values = x.flatten()
-        if bool((values == values[0]).all()):
+        columns = x.reshape(len(x), -1)
+        if bool((columns == columns.flatten()[:1]).all()):
             x[changed] = torch.where(old == 0, old + 1, old - 1)
-        else:
-            picks = torch.randint(len(values), (old.numel(),), generator=torch.Generator().manual_seed(int(strength)))
-            x[changed] = values[picks].view(old.shape)
+        else:  # of its own column: each may have a vocabulary of its own
+            shape, generator = (len(old), columns.shape[1]), torch.Generator().manual_seed(int(strength))
+            picks = torch.randint(len(columns), shape, generator=generator)
+            x[changed] = columns.gather(0, picks).view(old.shape)
     else:
         old = old.nan_to_num(0.0, 0.0, 0.0)
         probabilities = bool((x >= 0).all()) and bool((x <= 1).all())

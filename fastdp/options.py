@@ -58,8 +58,9 @@ class Options:
     returns one."""
     target_epsilon: float | None = None
     "Privacy budget; the noise is calibrated to it. 1.0 if no noise multiplier is given."
-    delta: float = 1e-5
-    "Probability with which the guarantee may fail; well below 1/n."
+    delta: float | None = None
+    """Probability with which the guarantee may fail. If not given, 1e-5; with 100,000 training records or more, the
+    power of ten below 1/n."""
     noise_multiplier: float | None = None
     "Noise standard deviation over max_grad_norm, instead of a target epsilon."
     epochs: Whole = 20
@@ -107,6 +108,12 @@ class Options:
         """The one given, or the optimizer's own default."""
         return (1.5 if self.optimizer == "sgd" else 0.01) if self.lr is None else self.lr
 
+    @property
+    def chosen_delta(self) -> float:
+        """Once `run.load_table` has chosen it, unless it was given."""
+        assert self.delta is not None
+        return self.delta
+
     def plain(self) -> dict[str, Any]:
         """What was chosen, as TOML or JSON could hold it."""
         chosen = dataclasses.asdict(self).items()
@@ -122,7 +129,7 @@ HELP: Final = "Train a differentially private model on a table, alone or under m
 
 def check_options(options: Options) -> None:
     """Bounds that neither the table nor the engine knows."""
-    require(0 < options.delta < 1, "delta", options.delta, "in (0, 1)")
+    require(options.delta is None or 0 < options.delta < 1, "delta", options.delta, "in (0, 1)")
     require(options.epochs >= 1, "epochs", options.epochs, ">= 1")
     require(0 < options.learning_rate < float("inf"), "lr", options.lr, "finite and > 0")
     require(0 <= options.momentum < 1, "momentum", options.momentum, "in [0, 1)")

@@ -28,7 +28,8 @@ from fastdp.sampling import PrivateLoader
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
-def load_table(options: Options) -> data.Table:
+def load_table(options: Options) -> tuple[Options, data.Table]:
+    """The table, and the options with what its size decides."""
     check_options(options)
     table = data.load(
         options.data, options.schema, options.evaluation_data, options.evaluation_fraction, options.verify
@@ -36,14 +37,16 @@ def load_table(options: Options) -> data.Table:
     data.check(table)
     n = len(table.train_labels)
     require(1 <= options.batch_size <= n, "batch_size", options.batch_size, f"in [1, {n}], the training records")
+    if options.delta is None:
+        options = dataclasses.replace(options, delta=min(1e-5, 10.0 ** -(math.floor(math.log10(n)) + 1)))
     if table.prior:
         check_prior(options, table)
-    return table
+    return options, table
 
 
 def check_prior(options: Options, table: data.Table) -> None:
     """ArgumentError if what the table's statistics cost leaves no noise to be found for the target."""
-    before = accounting.Ledger(options.accountant, table.prior).epsilon(options.delta)
+    before = accounting.Ledger(options.accountant, table.prior).epsilon(options.chosen_delta)
     if options.noise_multiplier is None:
         bound = f"given: no epsilon can be reached, since statistics in {options.data} have no noise"
         require(math.isfinite(before), "noise_multiplier", None, bound)
@@ -76,15 +79,23 @@ class Run:
         """Whether epsilon means anything; if not, `assumptions` say why."""
         engine, options = self.engine, self.options
         assert engine.plan is not None
-        before = accounting.Ledger(options.accountant, self.table.prior).epsilon(options.delta)
-        small_delta = options.delta < 1 / len(self.table.train_labels)
-        return math.isfinite(before) and small_delta and engine.seed is None and engine.plan.noise_multiplier > 0
+        small_delta = options.chosen_delta < 1 / len(self.table.train_labels)
+        return self.has_epsilon and small_delta and engine.seed is None and engine.plan.noise_multiplier > 0
+
+    @property
+    def has_epsilon(self) -> bool:
+        """What was done so far costs a finite one, and so did what the table's statistics cost."""
+        before = accounting.Ledger(self.options.accountant, self.table.prior).epsilon(self.options.chosen_delta)
+        return math.isfinite(before) and math.isfinite(self.engine.get_epsilon(self.options.chosen_delta))
 
     @property
     def assumptions(self) -> list[str]:
         """Of the engine, and what the engine does not know."""
-        too_large = self.options.delta >= 1 / len(self.table.train_labels)
-        return [delta_too_large(self.options)] * too_large + [*self.engine.assumptions(), *self.table.assumptions]
+        too_large = self.options.chosen_delta >= 1 / len(self.table.train_labels)
+        lines = [delta_too_large(self.options)] * too_large
+        if not self.has_epsilon:
+            lines.append("NOT PRIVATE: epsilon is infinite")
+        return [*lines, *self.engine.assumptions(), *self.table.assumptions]
 
     @property
     def steps(self) -> int:
@@ -94,7 +105,7 @@ class Run:
     @property
     def spent(self) -> str:
         """For those who end the run: what it cost."""
-        epsilon = report.upper(self.engine.get_epsilon(self.options.delta), 4)
+        epsilon = report.upper(self.engine.get_epsilon(self.options.chosen_delta), 4)
         mark = "" if self.is_private else " (NOT PRIVATE)"
         return f"after {self.optimizer.steps} steps, which cost epsilon={epsilon}{mark}"
 
@@ -140,7 +151,7 @@ def make_run(options: Options, comm: Communicator, table: data.Table, path: Path
     else:
         made = engine.make_private_with_epsilon(
             target_epsilon=1.0 if options.target_epsilon is None else options.target_epsilon,
-            target_delta=options.delta,
+            target_delta=options.chosen_delta,
             epochs=options.epochs,
             **common,
         )
@@ -251,14 +262,14 @@ def announce(options: Options, comm: Communicator, table: data.Table) -> None:
             f"{options.data}: {len(table.train_labels):,} training records, {options.model}, "
             f"{comm.size} {'rank' if comm.size == 1 else 'ranks'}; preparing the noise ..."
         )
-        if options.delta >= 1 / len(table.train_labels):
+        if options.chosen_delta >= 1 / len(table.train_labels):
             report.say(f"warning: {delta_too_large(options)}")
         if options.seed is not None:
             report.say(f"warning: NOT PRIVATE: the noise is reproducible from seed {options.seed}")
 
 
 def delta_too_large(options: Options) -> str:
-    return f"NOT PRIVATE: delta={options.delta:g} is not below 1/n: it allows a whole record to be published"
+    return f"NOT PRIVATE: delta={options.chosen_delta:g} is not below 1/n: it allows a whole record to be published"
 
 
 def summarise(run: Run, last: dict[str, float], seconds_per_step: float) -> dict[str, Any]:
@@ -270,7 +281,7 @@ def summarise(run: Run, last: dict[str, float], seconds_per_step: float) -> dict
     return {
         **{key: last[key] for key in shown},
         "epsilon": last["epsilon"] if math.isfinite(last["epsilon"]) else None,  # JSON knows no infinity
-        "delta": options.delta,
+        "delta": options.chosen_delta,
         "noise_multiplier": plan.noise_multiplier,
         "max_grad_norm": plan.max_grad_norm,
         "sample_rate": plan.sample_rate if plan.poisson_sampling else None,

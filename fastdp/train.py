@@ -112,7 +112,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     return {
         "epoch": math.ceil(steps / len(run.loader)),
         "step": steps,
-        "epsilon": run.engine.get_epsilon(run.options.delta),
+        "epsilon": run.engine.get_epsilon(run.options.chosen_delta),
         "private": run.is_private,
         **metrics.evaluate(run.model, table.test_features, table.test_labels, table.target, table.test_categories),
     }
@@ -149,7 +149,7 @@ def run_on_all_ranks(options: Options) -> int:
     try:
         agree(comm, None)  # ranks whose command line is wrong come here with what is wrong
         together(comm, lambda: check_same(comm, options))
-        table = together(comm, lambda: load_table(options))
+        options, table = together(comm, lambda: load_table(options))
         together(comm, lambda: data.check_same(comm, table))
         announce(options, comm, table)
         path = together(comm, lambda: choose_folder(options, comm, table))

@@ -316,3 +316,20 @@ class StartsFromTheFirst(nn.Module):
 def test_statistics_of_the_first_batch_are_refused(how: str) -> None:
     with pytest.raises(PrivacyError, match=r"on the other records|from the records|another output"):
         run(nn.Sequential(StartsFromTheFirst(how), mlp()), F.cross_entropy)
+
+
+def test_codes_are_replaced_by_others_of_their_own_column() -> None:
+    """A column's vocabulary may be smaller than its neighbour's: an embedding would have no row for the other's code."""
+    sizes = (7, 2, 1)
+
+    class Embeds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(size, 3) for size in sizes)
+            self.head = nn.Linear(9, 2)
+
+        def forward(self, codes: Tensor) -> Tensor:
+            return self.head(torch.cat([table(codes[:, i]) for i, table in enumerate(self.tables)], 1))
+
+    codes = torch.stack([torch.arange(24) % size for size in sizes], 1)
+    run(Embeds(), F.cross_entropy, x=codes, labels=torch.arange(24) % 2, batch_size=12)

@@ -8,14 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mpi import launch
 
-from fastdp import data, folder, metrics, report, train
+from fastdp import data, folder, metrics, report, run, train
 from fastdp.models import build_model
+from fastdp.options import Options
 
 FILES = ["curves.png", "ledger.jsonl", "metrics.jsonl", "model.pt", "report.json", "run.json", "schema.toml"]
 
@@ -252,17 +255,35 @@ def test_a_run_without_noise_is_valid_json_and_not_private(tmp_path: Path) -> No
     assert "infinite NOT PRIVATE  accuracy" in done.stdout
     summary = json.loads((output / "report.json").read_text(), parse_constant=pytest.fail)
     assert summary["epsilon"] is None and summary["private"] is False
-    assert [line[:30] for line in summary["assumptions"][:2]] == [
+    assert [line[:30] for line in summary["assumptions"][:3]] == [
         "NOT PRIVATE: delta=0.1 is not ",
+        "NOT PRIVATE: epsilon is infini",
         "NOT PRIVATE: no noise is added",
     ]
 
 
-def test_a_delta_that_allows_a_record_to_be_published_is_not_private(tmp_path: Path) -> None:
-    done = train_cli("--epochs", "1", "--delta", "0.1", "--output", str(tmp_path / "out"))
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (("--delta", "0.1"), "delta=0.1 is not below 1/n"),
+        (("--noise-multiplier", "0.01"), "epsilon is infinite"),  # no accountant gives less
+    ],
+)
+def test_an_epsilon_that_means_nothing_is_not_private(option: tuple[str, str], said: str, tmp_path: Path) -> None:
+    done = train_cli("--epochs", "1", *option, "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["epsilon"] > 0 and report["private"] is False
+    assert report["private"] is False and report["assumptions"][0].startswith(f"NOT PRIVATE: {said}")
+
+
+@pytest.mark.parametrize("records, delta", [(2, 1e-5), (99_999, 1e-5), (100_000, 1e-6), (10**6, 1e-7)])
+def test_delta_is_below_one_in_n_unless_it_is_given(records: int, delta: float, monkeypatch: Any) -> None:
+    table = types.SimpleNamespace(train_labels=range(records), prior={})
+    monkeypatch.setattr(run.data, "load", lambda *arguments: table)
+    monkeypatch.setattr(run.data, "check", lambda table: None)
+    options, _ = run.load_table(Options(batch_size=1))
+    assert options.chosen_delta == pytest.approx(delta, rel=1e-12) and options.chosen_delta < 1 / records
+    assert run.load_table(Options(batch_size=1, delta=0.1))[0].chosen_delta == 0.1
 
 
 def test_slow_evaluation_does_not_exhaust_the_peers_patience(tmp_path: Path) -> None:
