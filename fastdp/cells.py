@@ -5,6 +5,8 @@ pyarrow does what touches every cell: stripping, looking up in the vocabulary, t
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -153,8 +155,18 @@ def _numbers(cells: pa.Array, layout: Layout) -> tuple[Array, Array, Array]:
     missing = cells.is_null().to_numpy(zero_copy_only=False)
     values: Array = cells.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     values = values if values.flags.writeable else values.copy()
+    for number in _null_numbers(layout):
+        missing |= np.isnan(values) if math.isnan(number) else values == number
     bad = ~np.isfinite(values) & ~missing
     return values, missing, np.where(bad, Reason.NUMBER, Reason.GOOD).astype(np.uint8)
+
+
+@functools.cache
+def _null_numbers(layout: Layout) -> list[float]:
+    """The nulls that are numbers: of a typed column they are no texts."""
+    import pyarrow as pa
+
+    return [pa.scalar(text).cast(pa.float64()).as_py() for text in map(str.strip, layout.nulls) if is_number(text)]
 
 
 def _readable(texts: pa.Array) -> pa.Array:

@@ -31,7 +31,7 @@ class Reason(enum.IntEnum):
     MISSING = 5  # a missing cell, for which no value is declared
     UNKNOWN = 6  # a text outside the vocabulary
     NUMBER = 7  # no finite number
-    SYNTAX = 8  # no JSON object, or a cell of one that is neither text nor number nor boolean
+    SYNTAX = 8  # no JSON object, or with a member that is undeclared, or is neither text nor number nor boolean
 
 
 class CellError(ArgumentError):

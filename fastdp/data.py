@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fastdp import attributes, files, ops, prepared, shards
 from fastdp.columns import Batch, Schema
 from fastdp.errors import ArgumentError, require
-from fastdp.schema import parse_schema
+from fastdp.schema import check_marks, parse_schema
 from fastdp.table import Table, check, check_finite, check_same
 
 __all__ = ["Table", "check", "check_finite", "check_same", "held_out_rows", "load"]
@@ -107,6 +107,7 @@ def _from_files(path: Path, schema_path: Path, evaluation: Path | None, fraction
     require(0 < fraction < 1, "evaluation_fraction", fraction, "in (0, 1)")
     try:
         text = schema_path.read_text(encoding="utf-8")
+        check_marks(text)
         schema = parse_schema(text)
     except ArgumentError as error:
         raise ArgumentError(f"{schema_path.name}: {error.name}", error.value, error.bound) from None

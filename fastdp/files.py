@@ -163,7 +163,7 @@ def csv_cells(rows: csvrows.Rows, names: list[str], schema: Schema) -> dict[str,
 @functools.cache
 def _nulls_are_no_numbers(layout: Layout) -> bool:
     """Then Arrow's reader may make numbers of texts: it looks for nulls before it takes blanks off."""
-    return layout.strip and not any(text != text.strip() or is_number(text) for text in layout.nulls)
+    return layout.strip and not any(is_number(text) for text in layout.nulls)
 
 
 def row_error(rows: csvrows.Rows, row: int, name: str, width: int, layout: Layout) -> ArgumentError:

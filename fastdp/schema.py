@@ -13,7 +13,8 @@ encoding of a row depends on that row alone and costs no privacy (P11). datasets
     delimiter = ","                 # CSV
     comment = ""                    # CSV: lines at the top of a file that begin so are passed over
     strip = true                    # blanks around texts do not count
-    nulls = [""]                    # texts that mean "missing", like nulls, unless a vocabulary has them
+    nulls = [""]                    # texts that mean "missing", like nulls, unless a vocabulary has them; in number
+                                    # columns of Parquet and Arrow, too: nulls = ["-999"] means the number as well
     quotes = true                   # CSV: quotation marks enclose cells; false: they are characters like others
     multiline = false               # CSV: cells in quotation marks may hold line feeds. Then a stray mark swallows the
                                     # rows after it, so that one record decides about others
@@ -137,6 +138,15 @@ def parse_schema(text: str) -> Schema:
     return schema
 
 
+MARK: Final = "# private: declare it or make it DP"  # of a draft by suggest.py
+
+
+def check_marks(text: str) -> None:
+    """ArgumentError while a draft's text holds what was taken from the rows and nobody has declared since."""
+    for number, line in enumerate(text.splitlines(), 1):
+        require(MARK not in line, f"line {number}", line, f"declared, and without the mark {MARK!r}")
+
+
 def _parse_layout(fields: Any) -> Layout:
     require(isinstance(fields, dict), "file", fields, "a [file] table")
     _only(fields, "file", {"header", "delimiter", "comment", "strip", "nulls", "quotes", "multiline"})
@@ -149,6 +159,8 @@ def _parse_layout(fields: Any) -> Layout:
     require(one, "file.delimiter", delimiter, "one ASCII character, not a quotation mark or a line's end")
     require(isinstance(comment, str), "file.comment", comment, "a text")
     require(isinstance(nulls, list) and all(isinstance(n, str) for n in nulls), "file.nulls", nulls, "a list of texts")
+    bare = not strip or all(text == text.strip() for text in nulls)
+    require(bare, "file.nulls", nulls, "without blanks around them, or [file] strip = false")
     return Layout(header, delimiter, comment, strip, tuple(nulls), quotes, multiline)
 
 

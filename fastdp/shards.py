@@ -125,9 +125,7 @@ def finish(
     read, surplus = (sum(each.get(what, 0) for each in done) for what in ("rows", "surplus"))
     whole = read == sum(rows.values()) + reasons.total() + surplus
     assert whole, f"rows were lost: {read} read, {rows}, {reasons}, {surplus} more than are kept of a user"
-    require(
-        rows["train"] > 0, "input", f"{read} rows", "with a row that can be trained on; private/ says what is wrong"
-    )
+    require(rows["train"] > 0, "input", "no row to train on", "with one; private/ says what is wrong with the others")
     public = {
         "format": FORMAT,
         "name": schema.name,
@@ -141,6 +139,9 @@ def finish(
     }
     counts = {"read": read, **rows, "bad": dict(reasons), "surplus": surplus}
     private = {"input": origin.input, "rows": counts, "statistics": released, "files": splits}
+    for left in (left for name in FOLDERS for left in (folder / name).glob(".*.partial")):
+        left.unlink(missing_ok=True)  # of a worker that was killed, and whose work another did
+    check_files(folder, private)
     write_whole(folder / SUMMARY, lambda file: file.write(_json(public)))
     write_whole(folder / MANIFEST, lambda file: file.write(_json({**public, **private})), mode=0o600)
 

@@ -92,10 +92,11 @@ def of_json_lines(data: bytes, source: Source, offset: int, schema: Schema) -> R
 
     rows = csvrows.split(data, dataclasses.replace(schema.layout, quotes=False))
     cells: dict[str, list[str | None]] = {column.name: [] for column in schema.used}
+    declared = {column.name for column in schema.columns}
     user = None if schema.user is None else schema.user.name
     for row in range(len(rows)):
         if rows.reasons[row] == Reason.GOOD:
-            found = json_cells(rows.text(row), list(cells), user)
+            found = json_cells(rows.text(row), list(cells), user, declared)
             if found is None:
                 rows.reasons[row] = Reason.SYNTAX
                 continue
@@ -119,10 +120,13 @@ def json_members(text: bytes) -> dict[str, Any] | None:
     return members if isinstance(members, dict) else None
 
 
-def json_cells(text: bytes, names: list[str], user: str | None = None) -> list[str | None] | None:
-    """The named members as texts; None if the text is no object of such, or a user is neither text nor integer."""
+def json_cells(
+    text: bytes, names: list[str], user: str | None = None, declared: set[str] | None = None
+) -> list[str | None] | None:
+    """The named members as texts; None if the text is no object of such, or of other members than are `declared`, or a
+    user is neither text nor integer."""
     members = json_members(text)
-    if members is None:
+    if members is None or (declared is not None and not members.keys() <= declared):
         return None
     found: list[str | None] = []
     for name in names:

@@ -38,7 +38,7 @@ from fastdp import pieces, shards, statistics, suggest, users
 from fastdp.columns import Schema
 from fastdp.errors import ArgumentError, require
 from fastdp.pieces import Piece, Source
-from fastdp.schema import parse_schema
+from fastdp.schema import check_marks, parse_schema
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -56,6 +56,7 @@ SHIPPED: Final = (
 
 def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path) -> str:
     """What `main` does; returns a sentence about it."""
+    check_marks(config)
     schema = parse_schema(config)
     check_java()
     sources = list_sources(inputs, "input", "train" if test_inputs else None)
@@ -80,16 +81,24 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
         with connected() as spark:
             write(spark, cut, schema, origin, output)
     counts = shards.read_manifest(output)["rows"]
-    if sum(counts["bad"].values()) > counts["read"] / 2:
-        sys.stderr.write(f"prepare: warning: most rows cannot be used; {output / 'private'} says why\n")
-    return f"{output} is ready for python -m fastdp.train --data {output}; how many rows it has is in its manifest.json"
+    if sum(counts["bad"].values()) >= counts["read"] / 10:
+        sys.stderr.write(
+            f"prepare: warning: more than a tenth of the rows cannot be used; {output / 'private'} has them\n"
+        )
+    return (
+        f"{output} is ready for python -m fastdp.train --data {output}; its manifest.json says how many rows it has, and "
+        "why others cannot be used"
+    )
 
 
 def write(spark: SparkContext, cut: list[Piece], schema: Schema, origin: shards.Origin, output: Path) -> None:
     """Make the prepared table of pieces in an empty folder; see fastdp/shards.py."""
     work = [replace(piece, number=number) for number, piece in enumerate(know_quotes(spark, cut, schema))]
     make = write_rows if schema.user is None else write_users
-    done, released = make(spark, work, schema, origin, output)
+    try:
+        done, released = make(spark, work, schema, origin, output)
+    except OSError as error:
+        raise unwritable(output, error) from error
     for source in {piece.source for piece in work}:
         same = pieces.source(Path(source.path), source.name, source.split) == source
         require(same, "input", source.path, "left as it is while it is prepared")
@@ -123,12 +132,17 @@ def write_users(
             for number in (number for batch in batches for number in batch.column(0).to_pylist()):
                 yield from pieces.records(work[number], schema, output)
         except ArgumentError as error:  # would be the same again
-            yield users.result(users.RECORDS, json.dumps({"error": [error.name, str(error.value), error.bound]}))
+            yield users.result(users.RECORDS, as_result(error))
+        except OSError as error:
+            yield users.result(users.RECORDS, as_result(unwritable(output, error)))
 
     def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         context = TaskContext.get()
         assert context is not None
-        return users.write(batches, context.partitionId(), known, output)
+        try:
+            yield from users.write(batches, context.partitionId(), known, output)
+        except OSError as error:
+            yield users.result(users.KEPT, as_result(unwritable(output, error)))
 
     order = [name for name in users.RECORDS.replace(",", "").split()[::2] if name != "result"]
     partitions = 1 + sum(source.bytes for source in {piece.source for piece in work}) // pieces.PIECE_BYTES
@@ -162,9 +176,9 @@ def release(
     sums: Callable[[], list[statistics.Sums]], schema: Schema, origin: shards.Origin, output: Path
 ) -> dict[str, Any] | None:
     """The statistics that the schema leaves open, noise and all: once for an input and a folder."""
+    released = shards.recorded(output, origin)  # or those of another table, which may not stay there
     if not schema.unknown:
         return None
-    released = shards.recorded(output, origin)
     if released is None:
         released = statistics.release(statistics.added(sums()), schema)
         shards.record(output, origin, released)
@@ -183,21 +197,34 @@ def origin_of(config: str, sources: list[Source]) -> shards.Origin:
 def list_sources(inputs: list[str], argument: str, split: Literal["train", "test"] | None) -> list[Source]:
     """The input's files in order of their names, which say where in a folder they lie; or ArgumentError."""
     found: dict[str, Path] = {}
+    seen: set[tuple[int, int]] = set()
     for text in inputs:
         matching = [Path(text)] if Path(text).exists() else sorted(map(Path, glob.glob(text, recursive=True)))
         require(bool(matching), argument, text, "a file, a folder or a pattern that matches some")
         for path in matching:
-            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-            for file in inside:
+            for file in sorted(files_in(path)) if path.is_dir() else [path]:
                 name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
-                if file.is_dir() or any(part[0] in "._" for part in Path(name).parts):
+                if str(file) != text and any(part[0] in "._" for part in Path(name).parts):
                     continue  # Spark writes _SUCCESS and .part-0.crc
-                require(
-                    name not in found or found[name] == file, "input", str(file), "of another name than other files"
-                )
+                about = file.stat()
+                if (about.st_dev, about.st_ino) in seen:
+                    continue  # it has several names, of which a pattern may match a folder and what is in it
+                seen.add((about.st_dev, about.st_ino))
+                require(name not in found, "input", str(file), "of another name than other files")
                 found[name] = file
     require(bool(found), argument, inputs, "with at least one file")
     return [pieces.source(found[name], name, split) for name in sorted(found)]
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Of all folders in it, links to such, too."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        yield from (Path(root, name) for name in names)
 
 
 def know_quotes(spark: SparkContext, work: list[Piece], schema: Schema) -> list[Piece]:
@@ -218,12 +245,12 @@ def know_quotes(spark: SparkContext, work: list[Piece], schema: Schema) -> list[
 
 
 def distribute(spark: SparkContext, work: list[Piece], function: Callable[[Piece], Any], what: str) -> list[Any]:
-    """function(piece) for each, in order, on Spark's executors; or the first ArgumentError."""
+    """function(piece) for each, in order, on Spark's executors; or the first error."""
 
     def run(piece: Piece) -> Any:
         try:
             return function(piece)
-        except ArgumentError as error:  # would be the same again: no matter for Spark's retries
+        except (ArgumentError, OSError) as error:  # would be the same again: no matter for Spark's retries
             return error
 
     with progress(spark, what, len(work)):  # not a frame: Spark SQL takes 6 s to get ready
@@ -237,10 +264,19 @@ def collect(spark: SparkContext, frame: DataFrame, what: str, tasks: int) -> lis
     return checked([ArgumentError(*each["error"]) if "error" in each else each["result"] for each in results])
 
 
+def as_result(error: ArgumentError) -> str:
+    """For `collect`, which raises it again."""
+    return json.dumps({"error": [error.name, str(error.value), error.bound]})
+
+
+def unwritable(output: Path, error: OSError) -> ArgumentError:
+    return ArgumentError("output", str(output), f"a folder that can be written to ({error.strerror})")
+
+
 def checked(results: list[Any]) -> list[Any]:
-    """The results, or the first ArgumentError among them."""
+    """The results, or the first error among them."""
     for result in results:
-        if isinstance(result, ArgumentError):
+        if isinstance(result, (ArgumentError, OSError)):
             raise result
     return results
 
@@ -267,13 +303,25 @@ def progress(spark: SparkContext, what: str, total: int) -> Iterator[None]:
             watcher.join()
 
 
+class SparkError(RuntimeError):
+    """Spark gave up, and not for a reason that our own code gave."""
+
+
 @contextmanager
 def connected() -> Iterator[SparkContext]:
     """A connection to Spark that ends with the block, and has what executors need."""
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # else the workers are the `python3` of PATH
+    from py4j.protocol import Py4JError
     from pyspark import SparkConf, SparkContext
+    from pyspark.errors import PySparkException
 
-    SparkContext._ensure_initialized()  # a SparkConf made before knows nothing of spark-submit's options
+    # A SparkConf made before knows nothing of spark-submit's options. What Java writes to its temporary folders, users
+    # and their records say, is for nobody else.
+    before = os.umask(0o077)
+    try:
+        SparkContext._ensure_initialized()
+    finally:
+        os.umask(before)
     conf = SparkConf()
     for key, value in {
         "spark.master": "local[*]",
@@ -290,9 +338,12 @@ def connected() -> Iterator[SparkContext]:
     try:
         spark.setLogLevel("ERROR")
         with tempfile.TemporaryDirectory() as folder:
-            if not spark.master.startswith("local"):
+            if not re.match(r"local(\[|$)", spark.master):
                 spark.addPyFile(str(pack(Path(folder))))
             yield spark
+    except (Py4JError, PySparkException) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise SparkError(next((line for line in lines if "Job aborted" in line), lines[0])) from error
     finally:
         spark.stop()
 
@@ -344,7 +395,11 @@ def write_draft(inputs: list[str], config: Path | None) -> None:
         file.write(draft)
 
 
-def main(
+app = cyclopts.App(name="prepare.py", version=fastdp.__version__, suppress_keyboard_interrupt=False)
+
+
+@app.default
+def command(
     *,
     config: Annotated[
         Path | None, cyclopts.Parameter(help="the TOML file that declares the columns (see fastdp/schema.py)")
@@ -357,24 +412,32 @@ def main(
     suggest: Annotated[
         bool, cyclopts.Parameter(negative="", help="only draft such a TOML file, from the first rows of the input")
     ] = False,
-) -> int:
+) -> None:
     """Prepare a table for `python -m fastdp.train --data FOLDER`."""
     started = time.monotonic()
-    try:
-        if suggest:
-            require(output is None, "output", str(output), "left out with --suggest, which prepares nothing")
-            write_draft([*input, *test_input], config)
-            return 0
-        require(config is not None and config.is_file(), "config", config and str(config), "a TOML file that exists")
-        require(output is not None, "output", output, "a folder")
-        assert config is not None and output is not None
-        done = prepare(config.read_text(encoding="utf-8"), input, test_input, output.absolute())
-    except (ArgumentError, OSError, UnicodeError) as error:
-        sys.stderr.write(f"prepare: error: {' '.join(str(error).split())}\n")
-        return 2
+    if suggest:
+        require(output is None, "output", str(output), "left out with --suggest, which prepares nothing")
+        write_draft([*input, *test_input], config)
+        return
+    require(config is not None and config.is_file(), "config", config and str(config), "a TOML file that exists")
+    require(output is not None and not output.is_file(), "output", output and str(output), "a folder")
+    assert config is not None and output is not None
+    done = prepare(config.read_text(encoding="utf-8"), input, test_input, output.absolute())
     print(f"{done} ({time.monotonic() - started:.1f} s)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (cyclopts.CycloptsError, ArgumentError, OSError, UnicodeError, SparkError) as error:
+        sys.stderr.write(f"prepare: error: {' '.join(str(error).split())}\n")
+        return 1 if isinstance(error, SparkError) else 2
+    except KeyboardInterrupt:
+        sys.stderr.write("prepare: interrupted; the same command again begins anew\n")
+        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cyclopts.run(main))
+    sys.exit(main())

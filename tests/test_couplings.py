@@ -319,7 +319,7 @@ def test_statistics_of_the_first_batch_are_refused(how: str) -> None:
 
 
 def test_codes_are_replaced_by_others_of_their_own_column() -> None:
-    """A column's vocabulary may be smaller than its neighbour's: an embedding would have no row for the other's code."""
+    """A column may have fewer values than its neighbour: an embedding would have no row for the code of another."""
     sizes = (7, 2, 1)
 
     class Embeds(nn.Module):
