@@ -138,6 +138,14 @@ def test_rows_may_be_long_but_not_longer(length: int) -> None:
     assert csvrows.split(data, Layout()).reasons.tolist() == [0, (length > csvrows.ROW_BYTES - 3) * Reason.LONG, 0]
 
 
+def test_a_long_row_is_in_the_piece_where_it_begins() -> None:
+    """Its end may be farther than one read, from a piece's beginning as from its end; and pieces longer than a row."""
+    few, long = b"1\n" * (csvrows.ROW_BYTES // 2), b"x" * 3 * csvrows.READ_BYTES + b"\n"
+    file, cut, end = io.BytesIO(few + long + few), len(few) + 1, len(few + long + few)
+    assert csvrows.piece(file, 0, cut, None, Layout()) == (few + long, 0)
+    assert csvrows.piece(file, cut, end, False, Layout()) == (few, len(few + long))
+
+
 def test_cells_that_are_not_of_their_type_are_an_error() -> None:
     rows = csvrows.split(b"1\nx\n", Layout())
     with pytest.raises(pa.ArrowInvalid):

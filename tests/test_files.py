@@ -491,6 +491,26 @@ def test_texts_keep_their_blanks_where_declared() -> None:
         codes(["clerk"], contract)
 
 
+def test_blanks_around_numbers_count_where_declared(tmp_path: Path) -> None:
+    """Arrow's reader of numbers would take them off."""
+    contract = CONTRACT.replace("[file]", "[file]\nstrip = false")
+    with pytest.raises(ArgumentError, match=r"column 'age', row 0 of t\.csv=' 5'"):
+        read(csv(tmp_path, " 5,1,?,A,0\n"), contract)
+
+
+def test_a_number_that_means_missing_does_so_after_a_blank(tmp_path: Path) -> None:
+    contract = CONTRACT.replace('"NA"', '"-999"')
+    features, _ = read(csv(tmp_path, "-999,1,?,A,0\n -999,1,?,A,0\n"), contract)
+    assert features[:, 0].tolist() == pytest.approx([0.4, 0.4])
+
+
+def test_nulls_with_blanks_are_as_they_are_written() -> None:
+    contract = CONTRACT.replace('"NA"', '" clerk", " NA"')
+    assert codes(["clerk", " clerk", "  clerk", " NA"], contract) == [0, 1, 0, 1]
+    with pytest.raises(ArgumentError, match="row 0='NA'"):
+        codes(["  NA"], contract)
+
+
 def test_a_null_text_in_the_vocabulary_is_a_value() -> None:
     contract = CONTRACT.replace('["none", "?"]', '["none", "?", "NA"]').replace('missing = "none"', 'missing = "clerk"')
     assert codes(["NA", "", "clerk"], contract) == [1, 0, 0]

@@ -26,10 +26,11 @@ pyspark = pytest.importorskip("pyspark", reason="Spark is not installed: pip ins
 if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
     pytest.skip("Spark needs Java", allow_module_level=True)
 
-from raw_tables import WRITERS, contract, plain_table  # noqa: E402
+from raw_tables import NAMES, WRITERS, contract, plain_table  # noqa: E402
 
 from fastdp import arrowfiles, pieces, prepared, shards  # noqa: E402
 from fastdp.errors import ArgumentError  # noqa: E402
+from fastdp.schema import parse_schema  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 JOB = ROOT / "spark_jobs" / "prepare.py"
@@ -380,6 +381,21 @@ def test_mistakes_are_one_line(
     assert status == 2 and captured.out == "" and captured.err.count("\n") == 1
     assert re.search(message, captured.err), captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_quotation_marks_are_counted_in_each_file_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    """An odd one in a file says nothing about the next."""
+    monkeypatch.syspath_prepend(JOB.parent)
+    import prepare
+
+    monkeypatch.setattr(prepare, "distribute", lambda spark, work, function, what: list(map(function, work)))
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 4)
+    schema, cut = parse_schema(contract()), []
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text(",".join(NAMES) + "\n" + 'xx"x' + "xxxx" + '""xx' + '"xxx' + '"xxx' + "xxxx")
+        cut += pieces.cut(pieces.source(tmp_path / name, name), schema)
+    known = prepare.know_quotes(None, cut, schema)
+    assert [piece.inside for piece in known] == [None, True, True, True, False, True] * 2
 
 
 CONFIG = contract(test=0.2)

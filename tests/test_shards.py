@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_tables import source
 
 from fastdp import arrowfiles, data, prepared, shards
 from fastdp.columns import Batch
@@ -32,6 +33,7 @@ from fastdp.stacked import Stacked
 FEATURE = '[[column]]\nname = "x{}"\ntype = "number"\nbounds = [0, 1]\n'
 CODE = '[[column]]\nname = "c{}"\ntype = "category"\nvalues = ["a", "b"]\nencode = "code"\n'
 LABEL = '[[column]]\nname = "y"\ntype = "label"\nvalues = ["0", "1"]\n'
+USER = '[[column]]\nname = "u"\ntype = "user"\n'
 TARGET = '[[column]]\nname = "y"\ntype = "target"\nbounds = [0, 1]\n'
 
 
@@ -190,16 +192,16 @@ def test_only_the_owner_may_read_what_is_private(folder: Path) -> None:
     assert all(mode == (0o700 if name in shards.FOLDERS else 0o600) for name, mode in modes.items() if "su" not in name)
 
 
-@pytest.mark.parametrize("public", [False, True])
-def test_the_summary_holds_nothing_that_is_computed_from_records(public: bool, tmp_path: Path) -> None:
-    """Two tables of other rows have the same one, but for counts that are public."""
-    text = contract(size_is_public=public)
+@pytest.mark.parametrize("public, users", [(False, False), (True, False), (True, True)])
+def test_the_summary_holds_nothing_that_is_computed_from_records(public: bool, users: bool, tmp_path: Path) -> None:
+    """Two tables of other rows have the same one, but for counts that are public: how many rows users have is not."""
+    text = contract(size_is_public=public) + USER * users
     found = []
     for rows in (17, 40):
         path = write_table(tmp_path / str(rows), text, [[batch(rows, text)]])
         summary = json.loads((path / shards.SUMMARY).read_text())
         del summary["sha256"]
-        assert "rows" not in summary and summary.pop("rows_read", None) == (rows + 7 if public else None)
+        assert "rows" not in summary and summary.pop("rows_read", None) == (rows + 7 if public and not users else None)
         found.append(summary)
         whole = json.loads((path / shards.MANIFEST).read_text())
         assert whole["rows"] == {"read": rows + 7, "train": rows, "test": 5, "bad": {"number": 2}, "surplus": 0}
@@ -333,6 +335,23 @@ def test_a_killed_writer_leaves_no_readable_half(tmp_path: Path) -> None:
     for other in (dataclasses.replace(origin, input="another"), dataclasses.replace(origin, config=contract(1))):
         with pytest.raises(ArgumentError, match=r"output=.*a new folder: it holds a table of another"):
             shards.is_done(path, other)
+
+
+def test_nothing_of_a_killed_run_is_left(tmp_path: Path) -> None:
+    """No summary of a table that there is not."""
+    shards.begin(tmp_path)
+    for name in (shards.SUMMARY, *shards.PARTIALS):
+        (tmp_path / name).touch()
+    shards.begin(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == [shards.MARKER]
+
+
+def test_a_fingerprint_is_of_all_that_makes_another_table() -> None:
+    """But not of where the input lies."""
+    changes: list[dict[str, Any]] = [{}, {"name": "u"}, {"bytes": 1}, {"changed": 1}, {"split": "train"}]
+    found = [shards.fingerprint([dataclasses.replace(source(), **change)]) for change in changes]
+    assert len(set(found)) == len(changes)
+    assert shards.fingerprint([dataclasses.replace(source(), path="/u")]) == found[0]
 
 
 def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -193,7 +193,9 @@ def test_users_of_test_files_are_held_out_wholly(tmp_path: Path) -> None:
 
 
 def test_a_test_row_that_cannot_be_used_holds_its_user_out_too(tmp_path: Path) -> None:
-    trained = write(tmp_path / "a.csv", [(who, 1.0, "a", "0") for who in "uvwxyz"])
+    """But no training row does."""
+    bad: Row = ("u", 1.0, "nothing", "0")
+    trained = write(tmp_path / "a.csv", [*((who, 1.0, "a", "0") for who in "uvwxyz"), bad])
     held_out = tmp_path / "b.csv"
     held_out.write_text("who,length,kind,back\nx,4,c,\nz,5,nothing,1\nz,5,c,0\n ,5,c,9\n")
     for most in (1, 2):
@@ -202,7 +204,7 @@ def test_a_test_row_that_cannot_be_used_holds_its_user_out_too(tmp_path: Path) -
         for seed in range(5):  # cut elsewhere
             found, told = kept(batches, text, False, seed)
             assert [row[1] for row in found if not row[0]] == [1.0] * 4
-            assert told["rows"] == 10 == len(found) + told["reasons"] + told["surplus"]
+            assert told["rows"] == 11 == len(found) + told["reasons"] + told["surplus"]
             assert sorted(row[1] for row in found if row[0]) == ([1.0, 5.0] if most == 1 else [1.0, 1.0, 5.0])
 
 
