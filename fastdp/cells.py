@@ -118,9 +118,7 @@ def _codes(column: Column, texts: pa.Array, layout: Layout) -> tuple[Array, Arra
     # Nulls that are spellings of a value are values.
     meaning = {text: -1 for text in layout.nulls} | dict(column.spellings)
     if layout.strip:  # many files have a blank before each cell: looking these up at once saves trimming them
-        meaning |= {
-            f" {text}": code for text, code in meaning.items() if text == text.strip() and f" {text}" not in meaning
-        }
+        meaning |= {f" {text}": code for text, code in meaning.items()}
     known = pa.array([*meaning], pa.string())
     codes = np.array([*meaning.values(), -2], np.int64)
     missing = texts.is_null().to_numpy(zero_copy_only=False)
@@ -146,7 +144,8 @@ def _numbers(cells: pa.Array, layout: Layout) -> tuple[Array, Array, Array]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if pa.types.is_string(cells.type):
+    typed = not pa.types.is_string(cells.type)
+    if not typed:
         if layout.strip:
             cells = pc.utf8_trim_whitespace(cells)
         null = pc.is_in(cells, value_set=pa.array(layout.nulls, pa.string()))
@@ -155,7 +154,7 @@ def _numbers(cells: pa.Array, layout: Layout) -> tuple[Array, Array, Array]:
     missing = cells.is_null().to_numpy(zero_copy_only=False)
     values: Array = cells.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     values = values if values.flags.writeable else values.copy()
-    for number in _null_numbers(layout):
+    for number in typed * _null_numbers(layout):
         missing |= np.isnan(values) if math.isnan(number) else values == number
     bad = ~np.isfinite(values) & ~missing
     return values, missing, np.where(bad, Reason.NUMBER, Reason.GOOD).astype(np.uint8)

@@ -82,13 +82,9 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
             write(spark, cut, schema, origin, output)
     counts = shards.read_manifest(output)["rows"]
     if sum(counts["bad"].values()) >= counts["read"] / 10:
-        sys.stderr.write(
-            f"prepare: warning: more than a tenth of the rows cannot be used; {output / 'private'} has them\n"
-        )
-    return (
-        f"{output} is ready for python -m fastdp.train --data {output}; its manifest.json says how many rows it has, and "
-        "why others cannot be used"
-    )
+        sys.stderr.write(f"prepare: warning: many rows cannot be used; {output / 'private'} has them, and why\n")
+    ready = f"{output} is ready for python -m fastdp.train --data {output}"
+    return f"{ready}; its manifest.json says how many rows it has, and why others cannot be used"
 
 
 def write(spark: SparkContext, cut: list[Piece], schema: Schema, origin: shards.Origin, output: Path) -> None:
@@ -206,7 +202,10 @@ def list_sources(inputs: list[str], argument: str, split: Literal["train", "test
                 name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
                 if str(file) != text and any(part[0] in "._" for part in Path(name).parts):
                     continue  # Spark writes _SUCCESS and .part-0.crc
-                about = file.stat()
+                try:
+                    about = file.stat()
+                except OSError as error:
+                    raise ArgumentError(argument, str(file), f"a file that can be read ({error.strerror})") from error
                 if (about.st_dev, about.st_ino) in seen:
                     continue  # it has several names, of which a pattern may match a folder and what is in it
                 seen.add((about.st_dev, about.st_ino))

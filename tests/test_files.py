@@ -504,11 +504,9 @@ def test_a_number_that_means_missing_does_so_after_a_blank(tmp_path: Path) -> No
     assert features[:, 0].tolist() == pytest.approx([0.4, 0.4])
 
 
-def test_nulls_with_blanks_are_as_they_are_written() -> None:
-    contract = CONTRACT.replace('"NA"', '" clerk", " NA"')
-    assert codes(["clerk", " clerk", "  clerk", " NA"], contract) == [0, 1, 0, 1]
-    with pytest.raises(ArgumentError, match="row 0='NA'"):
-        codes(["  NA"], contract)
+def test_nulls_with_blanks_are_refused_where_blanks_do_not_count() -> None:
+    with pytest.raises(ArgumentError, match=r"file.nulls=.* NA.*without blanks around them, or \[file\] strip = false"):
+        parse_schema(CONTRACT.replace('"NA"', '" NA"'))
 
 
 def test_a_null_text_in_the_vocabulary_is_a_value() -> None:

@@ -278,6 +278,36 @@ def test_users_of_test_files_and_files_that_cannot_be_read(job: Any, tmp_path: P
         job.prepare(text, [str(tmp_path / "t.csv.gz")], [], tmp_path / "o")
 
 
+def test_each_file_is_read_once_by_whatever_names(job: Any, tmp_path: Path) -> None:
+    """Links are followed; what a folder or a pattern hides is read if it is named itself."""
+    for name in ("raw/day=0/a.csv", "raw/_b.csv", "raw/.c/c.csv", "elsewhere/d.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        WRITERS["t.csv"](plain_table(2), tmp_path / name)
+    (tmp_path / "raw" / "day=1").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "raw" / "day=0" / "latest.csv").symlink_to("a.csv")
+
+    def names(*inputs: str) -> list[str]:
+        return [Path(s.path).name for s in job.list_sources([str(tmp_path / text) for text in inputs], "input", None)]
+
+    assert (
+        names("raw")
+        == names("raw/**")
+        == names("raw", "raw/day=0")
+        == names("raw/*", "raw/day=0/*")
+        == ["a.csv", "d.csv"]
+    )
+    (tmp_path / "raw" / "up").symlink_to(tmp_path / "raw")
+    assert names("raw") == ["a.csv", "d.csv"]
+    assert names("raw/_b.csv", "raw/day=0") == ["_b.csv", "a.csv"]
+
+
+def test_what_spark_keeps_in_temporary_folders_is_for_its_owner(job: Any) -> None:
+    """Users' names among it."""
+    with job.connected() as spark:
+        folders = spark._jvm.org.apache.spark.SparkEnv.get().blockManager().diskBlockManager().localDirs()
+        assert [Path(str(each)).stat().st_mode & 0o777 for each in folders] == [0o700]
+
+
 def test_changes_meanwhile_and_bad_rows_are_told(job: Any, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     path, make = tmp_path / "t.csv", job.write_rows
     WRITERS["t.csv"](plain_table(30), path)
@@ -285,7 +315,8 @@ def test_changes_meanwhile_and_bad_rows_are_told(job: Any, tmp_path: Path, monke
         file.write("neither a number nor a row\n" * 200)
     job.prepare(contract(), [str(path)], [], tmp_path / "o")
     assert (
-        f"prepare: warning: most rows cannot be used; {tmp_path / 'o' / 'private'} says why" in capfd.readouterr().err
+        f"prepare: warning: many rows cannot be used; {tmp_path / 'o' / 'private'} has them, and why"
+        in capfd.readouterr().err
     )
 
     def and_then_the_file_grows(*arguments: Any) -> Any:
@@ -349,6 +380,9 @@ def test_input_is_never_removed(job: Any, tmp_path: Path) -> None:
         ({"output": "empty/.."}, r"output=.*must be a folder without input"),
         ({"config": "inline.toml"}, r"config='statistics': must be such that \[statistics.COLUMN\] tables can follow"),
         ({"JAVA_HOME": "/none"}, r"java='/none': must be Java 17 or newer, .* install openjdk-17-jre-headless"),
+        ({"config": "draft.toml"}, r"line \d+='# private: .*must be declared, and without the mark"),
+        ({"output": "t.csv"}, "output='t.csv': must be a folder"),
+        ({"surprise": "1"}, "error: Unknown option"),
         ({"JAVA_HOME": "old"}, r"java='.*version \"1.8.0.*must be Java 17 or newer"),
     ],
 )
@@ -374,9 +408,10 @@ def test_mistakes_are_one_line(
     java.chmod(0o755)
     if "JAVA_HOME" in change:
         monkeypatch.setenv("JAVA_HOME", change.pop("JAVA_HOME"))
-    given = {"config": "s.toml", "input": ["t.csv"], "test_input": [], "output": "out", **change}
-    given["config"] = Path(given["config"])
-    status = prepare.main(**{**given, "output": Path(given["output"])})
+    (tmp_path / "draft.toml").write_text(contract() + "# private: declare it or make it DP\n")
+    given = {"config": ["s.toml"], "input": ["t.csv"], "test_input": [], "output": ["out"]}
+    given |= {name: value if isinstance(value, list) else [value] for name, value in change.items()}
+    status = prepare.main([text for name, of in given.items() if of for text in (f"--{name.replace('_', '-')}", *of)])
     captured = capsys.readouterr()
     assert status == 2 and captured.out == "" and captured.err.count("\n") == 1
     assert re.search(message, captured.err), captured.err

@@ -399,7 +399,7 @@ def test_a_folder_is_for_one_job_and_not_for_others_files(tmp_path: Path) -> Non
 
 def test_a_table_without_training_or_test_rows_is_refused(tmp_path: Path) -> None:
     text = contract()
-    with pytest.raises(ArgumentError, match="a row that can be trained on"):
+    with pytest.raises(ArgumentError, match="no row to train on"):
         write_table(tmp_path / "a", text, [[]])
     assert not (tmp_path / "a" / shards.MANIFEST).exists()
     path = write_table(tmp_path / "b", text, [[batch(3, text)]], [batch(0, text)])
@@ -412,3 +412,19 @@ def test_rows_that_are_lost_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="rows were lost: 3 read"):
         each = {"rows": 3, "reasons": {"number": 2}}
         shards.finish(tmp_path, parse_schema(text), shards.Origin(text, "", {}, ""), [each], None)
+
+
+def test_a_table_is_whole_only_with_its_files_and_without_what_killed_workers_left(tmp_path: Path) -> None:
+    text = contract()
+    path = write_table(tmp_path / "a", text, [[batch(3, text)]])
+    (path / "train" / ".part-00009.arrow.0123.partial").write_text("rows")
+    files = shards.read_manifest(path)["files"]
+    written = [{"rows": 3, "train": files["train"][0]}, {"rows": sum(f["rows"] for f in files["test"])}]
+    written[1] |= {"test": files["test"][0]} if files["test"] else {}
+    origin = shards.Origin(text, "", {}, "")
+    shards.finish(path, parse_schema(text), origin, written, None)
+    assert not list(path.rglob("*.partial"))
+    shards.begin(tmp_path / "b")
+    with pytest.raises(ArgumentError, match=r"size of .*part-00000.arrow=None"):
+        shards.finish(tmp_path / "b", parse_schema(text), origin, written, None)
+    assert not (tmp_path / "b" / shards.MANIFEST).exists()
