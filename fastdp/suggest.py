@@ -1,6 +1,7 @@
 """A first draft of a column contract, from the first rows of a table, for people who know the table to correct.
 
 What it takes from the rows is private, which a contract must not be: each line that holds such ends with `MARK`.
+Names of columns and the layout of the file are taken to be public.
 """
 
 from __future__ import annotations
@@ -8,28 +9,32 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fastdp import pieces
-from fastdp.cells import decoded
+from fastdp.cells import decoded, parse
 from fastdp.columns import Column, Layout, Schema
 from fastdp.errors import require
 from fastdp.peek import ROWS, Sample, sample
+from fastdp.schema import MARK
 from fastdp.transform import Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-MARK: Final = "# private: declare it or make it DP"
 NULLS: Final = ("", "?", "-", ".", "na", "n/a", "#n/a", "nan", "null", "none")  # in lower case
 CATEGORIES: Final = 60  # more different texts than these are no vocabulary
 CLASSES: Final = 20  # more are no label; nor a vocabulary, if no two cells are equal
 BOOLEANS: Final = (["0", "1"], ["false", "true"])  # that a contract takes undeclared
 LARGEST: Final = math.nextafter(1e300, 0)  # bound that a contract takes
 
-HEADER: Final = "# a guess: the first row, of which the columns' names below are, has no number and no equal cells"
+HEADER: Final = (
+    "# a guess: the first row has no number and no equal cells; "
+    "if it is a row of the table, the names below are private"
+)
 NO_HEADER: Final = "# a guess: the first row has numbers or equal cells; the columns are named by their places"
 
 
@@ -39,8 +44,9 @@ class Found:
 
     texts: list[str]  # different ones, without those that mean missing; of numbers with fractions, none
     nulls: list[str]  # different ones that mean missing; "" stands for a null, too
-    bounds: list[float]  # of the finite ones, if all are numbers and two differ; else empty
+    bounds: list[float]  # of the finite ones, if nine tenths of the cells are numbers and two differ; else empty
     infinite: bool = False  # whether others of the numbers are not finite
+    mixed: bool = False  # whether others of the cells are no numbers
     repeats: bool = False  # whether two cells are equal
 
     @property
@@ -73,13 +79,14 @@ def draft(sources: list[Source]) -> str:
     used = [name for name, column in columns.items() if column.bounds or column.can_be_category]
     require(len(used) >= 2, "input", source.path, f"a table with two columns or more that vary and can be used: {used}")
     label = next((name for name in reversed(used) if columns[name].can_be_label), None)
-    of_rows = f"  {MARK}" if source.kind == "json" or (source.kind == "csv" and first.layout.header) else ""
     nulls = {"", *itertools.chain(*(column.nulls for column in columns.values()))}
     lines = [
         f"# A draft from up to {ROWS} rows of {_text(source.name)}. Of other files, only the columns' names were read.",
         "# A line that is marked private tells of these rows, and no epsilon covers it: put there what is known of the",
-        "# table without looking, and take the mark off. Cells of other rows that are unlike these are errors, unless",
-        '# `missing` or `other` says what they stand for. A column that says whose row it is has the type "user".',
+        '# table without looking, and take the mark off; or make it DP, as stats = "dp" in [prepare] makes means,',
+        "# deviations and modes. Names of columns and the layout of the file are taken to be public. Cells of other",
+        "# rows that are unlike these are errors, unless `missing` or `other` says what they stand for. A column that",
+        '# says whose row it is has the type "user".',
         "format = 1",
         f"name = {_text(source.name.split('/')[-1].split('.')[0])}",
         "",
@@ -88,30 +95,34 @@ def draft(sources: list[Source]) -> str:
         f"nulls = {_list(sorted(nulls))}  {MARK}",
     ]
     if unread:
-        lines.append(f"# Rows that cannot be read: {unread}. Cells that hold line feeds need multiline = true  {MARK}")
+        advice = ". Cells that hold line feeds need multiline = true" if "quotes" in first.unread else ""  # only of CSV
+        lines.append(f"# Rows that cannot be read: {unread}{advice}  {MARK}")
     for name, column in columns.items():
-        lines += ["", "[[column]]", f"name = {_text(name)}{of_rows}", *_column_lines(column, name == label)]
+        lines += ["", "[[column]]", f"name = {_text(name)}", *_column_lines(column, name == label)]
     if label is None:
-        lines += ["", '# No guess at the label: one column must have the type "label", or "target" if it has bounds']
+        why = 'No guess at the label: one column must have the type "label", or "target" if it has bounds'
+        lines += ["", f"# {why}  {MARK}"]
     return "\n".join([*lines, ""])
 
 
 def _file_lines(layout: Layout) -> list[str]:
     header, why = ("true", HEADER) if layout.header else ("false", NO_HEADER)
-    lines = [why, f"header = {header}  {MARK}", f"delimiter = {_text(layout.delimiter)}  {MARK}"]
-    return [*lines, f"comment = {_text(layout.comment)}  {MARK}"] if layout.comment else lines
+    lines = [why, f"header = {header}", f"delimiter = {_text(layout.delimiter)}"]
+    return [*lines, f"comment = {_text(layout.comment)}"] if layout.comment else lines
 
 
 def _column_lines(column: Found, is_label: bool) -> list[str]:
     values = f"values = {_list(column.texts)}  {MARK}"
     if is_label:
-        return [f'type = "label"  {MARK}', "# a guess: the last column of few different texts", values]
+        return [f'type = "label"  {MARK}', "# a guess: the last column of few different texts, none missing", values]
     if not column.nulls and [text.lower() for text in column.texts] in BOOLEANS:
         return [f'type = "boolean"  {MARK}', *([] if column.texts in BOOLEANS else [values])]
     if column.bounds:
         lines = [f'type = "number"  {MARK}', f"bounds = [{', '.join(map(_number, column.bounds))}]  {MARK}"]
         if column.infinite:
             lines.append(f"# NaN or infinite cells are errors; there are some  {MARK}")
+        if column.mixed:
+            lines.append(f"# cells that are no numbers are errors; there are some  {MARK}")
         return [*lines, f'missing = "indicator"  {MARK}'] if column.nulls else lines
     if column.can_be_category and column.nulls:
         nulls = _text(column.nulls[0]) if len(column.nulls) == 1 else _list(column.nulls)
@@ -122,7 +133,7 @@ def _column_lines(column: Found, is_label: bool) -> list[str]:
     why = "one value at most, or neither texts nor numbers nor booleans"
     if len(column.texts) > 1:
         why = 'too many different texts for a vocabulary; if they say whose row it is: type = "user"'
-    return [f'type = "ignore"  {MARK}', f"# {why}"]
+    return [f'type = "ignore"  {MARK}', f"# {why}  {MARK}"]
 
 
 def _find(cells: pa.Array) -> Found:
@@ -141,12 +152,14 @@ def _find(cells: pa.Array) -> Found:
     nulls = sorted(text for text in counts if text.lower() in NULLS)
     texts = sorted(set(counts).difference(nulls))
     repeats = any(counts[text] > 1 for text in texts)
-    try:
-        numbers = pa.array(texts, pa.string()).cast(pa.float64()).to_pylist()
-    except pa.ArrowInvalid:
-        return Found(texts, nulls, [], False, repeats)
-    in_order = [text for _, text in sorted(zip(numbers, texts, strict=True))]
-    return Found(in_order, nulls, *_bounds(numbers), repeats)
+    if any(re.fullmatch("0[0-9]+", text) for text in texts):  # a zip code's, say; a number has no such
+        return Found(texts, nulls, [], repeats=repeats)
+    values, _ = parse(Column("", "number"), pa.array(texts, pa.string()), Layout(nulls=()))
+    numbers = {text: value for text, value in zip(texts, values.tolist(), strict=True) if not math.isnan(value)}
+    if 10 * sum(counts[text] for text in numbers) < 9 * sum(counts[text] for text in texts):
+        return Found(texts, nulls, [], repeats=repeats)
+    in_order = sorted(texts, key=lambda text: (numbers.get(text, math.inf), text))
+    return Found(in_order, nulls, *_bounds([*numbers.values()]), len(numbers) < len(texts), repeats)
 
 
 def _bounds(numbers: list[float]) -> tuple[list[float], bool]:

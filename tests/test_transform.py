@@ -20,6 +20,7 @@ from raw_tables import LABEL, NAMES, NULLS, TARGET, contract, csv_row, plain_tab
 from test_csvrows import lines, oracle
 
 from fastdp import csvrows, files, transform
+from fastdp.cells import parse
 from fastdp.columns import Reason
 from fastdp.schema import parse_schema
 
@@ -348,3 +349,25 @@ def test_a_long_row_is_bad_and_alone() -> None:
     good = b"25,10,1.7,clerk,A,1,x,no\n"
     found = transform.of_csv(good + data + good, source(), 0, NAMES, schema)
     assert found.rows == 3 and found.bad["reason"].to_pylist() == ["long"] and len(found.train) == 2
+
+
+def test_json_members_that_are_no_columns_are_bad() -> None:
+    """A column that is misspelt would be missing in every row, and filled in."""
+    schema = parse_schema(contract(LABEL))
+    good = {name: cell for name, cell in zip(NAMES, ("25", "10", "1.7", "clerk", "A", "1", "x", "no"), strict=True)}
+    data = b"".join(json.dumps(good | more).encode() + b"\n" for more in ({}, {"Age": 25}))
+    found = transform.of_json_lines(data, source(), 0, schema)
+    assert found.bad.column("reason").to_pylist() == ["syntax"] and found.rows == 2
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float32(), pa.string()])
+def test_numbers_that_mean_missing_do_so_in_every_kind_of_file(kind: pa.DataType) -> None:
+    text = '[file]\nnulls = ["-999", "nan"]\n[[column]]\nname = "x"\ntype = "number"\nbounds = [0, 10]\nmissing = 4\n'
+    label = '[[column]]\nname = "y"\ntype = "label"\nvalues = ["no", "yes"]\n'
+    schema = parse_schema(f'format = 1\nname = "t"\n{text}{label}')
+    cells = pa.array([-999, 5], pa.int64()).cast(kind)
+    values, reasons = parse(schema.columns[0], cells, schema.layout)
+    assert values.tolist() == [4, 5] and not reasons.any()
+    if kind != pa.int64():
+        values, reasons = parse(schema.columns[0], pa.array([math.nan], pa.float32()).cast(kind), schema.layout)
+        assert values.tolist() == [4] and not reasons.any()
