@@ -2,7 +2,7 @@
 
 run.json (the options), schema.toml (by which rows became features; none if code made the table), ledger.jsonl
 (fastdp/ledger.py), checkpoints/ (fastdp/checkpoint.py) until the run is finished, metrics.jsonl (a line per epoch),
-then model.pt, report.json and curves.png. All of it may be published (P12).
+then model.pt, report.json and curves.png. All of it may be published (P12), unless its report says NOT PRIVATE.
 """
 
 from __future__ import annotations

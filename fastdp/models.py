@@ -46,7 +46,8 @@ def build_model(spec: str, record: Sequence[int], outputs: int, categories: Sequ
 
 def _from_attribute(spec: str, record: Sequence[int], outputs: int, categories: Sequence[int]) -> nn.Module:
     found = attributes.find("model", spec)
-    expected = "an nn.Module, or a callable(inputs: int, outputs: int) that returns one"
+    given = "inputs: int, outputs: int" + (", category_sizes: tuple[int, ...]" if categories else "")
+    expected = f"an nn.Module, or a callable({given}) that returns one"
     if isinstance(found, nn.Module):
         model = copy.deepcopy(found)
     else:

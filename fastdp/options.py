@@ -54,8 +54,8 @@ class Options:
     verify: bool = False
     "Compare the files of a prepared folder with the checksums in its manifest; all of it is read."
     model: str = "mlp:32"
-    """mlp:H1,H2,... (hidden layers), logistic, or module:attribute, an nn.Module or a callable(inputs, outputs) that
-    returns one."""
+    """mlp:H1,H2,... (hidden layers), logistic, or module:attribute, an nn.Module or a callable(inputs, outputs), with
+    the sizes of the vocabularies after them if a prepared table has codes, that returns one."""
     target_epsilon: float | None = None
     "Privacy budget; the noise is calibrated to it. 1.0 if no noise multiplier is given."
     delta: float | None = None
