@@ -17,8 +17,8 @@ from torch.optim import LBFGS, Optimizer
 
 from fastdp import native, rules
 from fastdp.errors import ArgumentError, PrivacyError, require
-from fastdp.layers import LinearUse
-from fastdp.persample import Call
+from fastdp.layers import FormulaUse, LinearUse
+from fastdp.persample import Call, Use
 
 # A record's rounded products may exceed its norm by 2^-23 of the sum of their lengths when they cancel (sequences).
 ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51}
@@ -57,7 +57,7 @@ class GradientSum:
         self._max_grad_norm = max_grad_norm
         self._scratch: dict[Tensor, Tensor] = {}
 
-    def fill(self, uses: list[LinearUse | Call], rows: int, real_rows: int, scale: float, add: bool) -> None:
+    def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float, add: bool) -> None:
         """Overwrite the buffer with the clipped sum over this rank's records, or add it to what is there.
 
         rows: records in the batch as the model saw it; real_rows: 0 if it was the stand-in of an empty batch.
@@ -180,7 +180,7 @@ def _lengths(x: Tensor) -> Tensor:
 
 
 def _formed(
-    uses: list[LinearUse | Call], managed: Container[Tensor], rows: int, dtype: torch.dtype
+    uses: list[Use], managed: Container[Tensor], rows: int, dtype: torch.dtype
 ) -> tuple[dict[Tensor, Tensor], list[LinearUse]]:
     """Per-sample gradients [rows, numel] of the parameters that a module other than a linear layer used, and the uses
     that have nothing to do with those.
@@ -193,31 +193,21 @@ def _formed(
         if p is not None and p in managed:
             formed[p] = formed[p] + g if p in formed else g
 
-    for call in uses:
-        if isinstance(call, Call):
-            for p, g in call.unit.gradients(call, rows).items():
+    for use in uses:
+        if isinstance(use, (Call, FormulaUse)):
+            of = use.unit.formed(use, rows) if isinstance(use, Call) else use.formed(managed, rows, dtype)
+            for p, g in of.items():
                 add(p, g)
     linear = [u for u in uses if isinstance(u, LinearUse)]
     # A layer of which one parameter is formed has the other formed too, which further layers may share.
     while touched := [u for u in linear if u.weight in formed or u.bias in formed]:
         linear = [u for u in linear if u not in touched]
         for use in touched:
-            _check_use(use, rows, dtype)
+            use.check(rows, dtype, 2)
             a, b = (x.reshape(rows, -1, x.shape[-1]) for x in (use.a, use.b))
             add(use.weight, torch.bmm(b.transpose(1, 2), a).flatten(1))
             add(use.bias, b.sum(1))
     return formed, linear
-
-
-def _check_use(use: LinearUse, rows: int, dtype: torch.dtype) -> None:
-    """Raise PrivacyError unless the shapes and types are those of one record a row, in the parameters' type."""
-    if use.a.dim() < 2 or use.a.shape[0] != rows:
-        raise PrivacyError(f"{use.layer}: the first dimension of its input is not the batch's records, one each")
-    if use.a.dtype != dtype or use.b.dtype != dtype:
-        raise PrivacyError(
-            f"{use.layer}: input {use.a.dtype}, output gradient {use.b.dtype}: must be {dtype} as its parameters "
-            "(no autocast in this version)"
-        )
 
 
 def _group(
@@ -230,7 +220,7 @@ def _group(
     weight_uses: dict[Tensor, list[LinearUse]] = {}
     bias_uses: dict[Tensor, list[LinearUse]] = {}
     for use in uses:
-        _check_use(use, rows, dtype)
+        use.check(rows, dtype, 2)
         if use.weight in managed:
             weight_uses.setdefault(use.weight, []).append(use)
         if use.bias is not None and use.bias in managed:

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastdp.errors import PrivacyError
-from fastdp.layers import LinearUse
-from fastdp.persample import Call
+from fastdp.layers import LayerUse
+from fastdp.persample import Call, Use
 
 # Rows of a matrix product may be rounded differently when another row changes. With half of the records replaced, a
 # coupling moves the others by a sizeable part of themselves.
@@ -18,14 +18,14 @@ TOLERANCE = 1e-4
 STRENGTHS = (-0.5, -8.0, -0.5, -8.0)
 
 
-def compare(base: list[LinearUse | Call], other: list[LinearUse | Call], same: Tensor) -> None:
+def compare(base: list[Use], other: list[Use], same: Tensor) -> None:
     if [u.layer for u in base] != [u.layer for u in other]:
         raise PrivacyError("module: which layers are used depends on the records")
     rows = len(same)
     for u, v in zip(reversed(base), reversed(other), strict=True):  # in the order of the forward
         for x, y in zip(u.inputs(rows), v.inputs(rows), strict=True):
             has_records = x.dim() > 0 and len(x) == rows
-            if not has_records and isinstance(u, LinearUse):
+            if not has_records and isinstance(u, LayerUse):
                 continue  # refused by step(), by its shape
             if has_records and x.shape == y.shape:  # what records share must not move at all
                 x, y = x[same], y[same]
@@ -44,10 +44,11 @@ def compare(base: list[LinearUse | Call], other: list[LinearUse | Call], same: T
                 )
 
 
-def compare_half(base: list[LinearUse | Call], smaller: list[LinearUse | Call], rows: int, half: int) -> None:
+def compare_half(base: list[Use], smaller: list[Use], rows: int, half: int) -> None:
     """A model that divides by the number of records: without half of them, the others' inputs would be far away."""
     for u, v in zip(base, smaller, strict=False):
-        for x, y in zip(*(tree_leaves(w.a if isinstance(w, LinearUse) else w.arguments) for w in (u, v)), strict=False):
+        arguments = (tree_leaves(w.arguments if isinstance(w, Call) else w.inputs(rows)) for w in (u, v))
+        for x, y in zip(*arguments, strict=False):
             if not isinstance(x, Tensor) or not x.is_floating_point() or u.layer != v.layer:
                 continue
             if x.shape[:1] == (rows,) and y.shape == (half, *x.shape[1:]):

@@ -3,14 +3,15 @@
 During a forward the managed parameters do not require gradients, so autograd computes no weight gradient. A layer keeps
 its input a, and a hook on its output receives the output's gradient b. For nn.Linear the gradient of record i is
 sum_t b_it a_it^T: "book-keeping", Bu et al. 2022 (arXiv:2210.00038), the same two matrix products as without privacy.
-Any other module with parameters of its own is run again record by record on what was kept: fastdp/persample.py.
+For some others it has a formula, too: fastdp/formulas.py. Any other module with parameters of its own is run again
+record by record on what was kept: fastdp/persample.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,19 +20,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from fastdp.errors import ArgumentError, PrivacyError
+from fastdp.formulas import FORMULAS
 from fastdp.persample import Call, Unit, Use
-from fastdp.rules import Slot, is_linear, owners
+from fastdp.rules import Slot, has_formula, is_linear, owners
 
 # What a module may return beside tensors.
 PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
 
 
 @dataclasses.dataclass(eq=False)
-class LinearUse(Use):
-    """One call of a linear layer: input [B, (T,) I], gradient of the output [B, (T,) O]."""
+class LayerUse(Use):
+    """One call of a layer of one input a and one output, of which b is the gradient; records first."""
 
-    weight: Tensor
-    bias: Tensor | None
+    module: nn.Module
     a: Tensor
     b: Tensor
 
@@ -41,12 +42,56 @@ class LinearUse(Use):
     def gradients(self, rows: int) -> list[Tensor]:
         return [self.b]
 
+    def check(self, rows: int, dtype: torch.dtype, dims: int) -> None:
+        """Raise PrivacyError unless the shapes and types are those of one record a row, in the parameters' type."""
+        if self.a.dim() < dims or self.a.shape[0] != rows:
+            raise PrivacyError(f"{self.layer}: the first dimension of its input is not the batch's records, one each")
+        if self.a.dtype != dtype or self.b.dtype != dtype:
+            raise PrivacyError(
+                f"{self.layer}: input {self.a.dtype}, output gradient {self.b.dtype}: must be {dtype} as its "
+                "parameters (no autocast in this version)"
+            )
+
+
+@dataclasses.dataclass(eq=False)
+class LinearUse(LayerUse):
+    """Of a linear layer: a [B, (T,) I], b [B, (T,) O]."""
+
+    @property
+    def weight(self) -> Tensor:
+        assert isinstance(self.module, nn.Linear)
+        return self.module.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        assert isinstance(self.module, nn.Linear)
+        return self.module.bias
+
+
+@dataclasses.dataclass(eq=False)
+class FormulaUse(LayerUse):
+    """Of a layer whose per-sample gradients have a formula."""
+
+    def formed(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> dict[Tensor, Tensor]:
+        """Per-sample gradients of each parameter -> [rows, numel]."""
+        formula, dims = FORMULAS[type(self.module)]
+        self.check(rows, dtype, dims(self.module))
+        parameters = [self.module._parameters.get(key) for key in ("weight", "bias")]
+        wanted = [p is not None and p in managed for p in parameters]
+        with torch.no_grad():
+            gradients = formula(self.module, self.a, self.b, *wanted)
+        return {
+            p: g.reshape(rows, -1)
+            for p, g in zip(parameters, gradients, strict=True)
+            if p is not None and g is not None
+        }
+
 
 class Recorder:
     """The uses of one backward, in the order in which their gradients arrived."""
 
     def __init__(self) -> None:
-        self.uses: list[LinearUse | Call] = []
+        self.uses: list[Use] = []
         self.backward: int | None = None  # autograd's number of the backward that is being recorded
         self.batch = 0  # which of the loader's batches is current; below 0: a replay of one
         self.depth = 0  # of calls of the module given to make_private that are going on
@@ -61,7 +106,7 @@ class Recorder:
         self.uses.clear()
         self.backward = None
 
-    def keep(self, use: LinearUse | Call) -> None:
+    def keep(self, use: Use) -> None:
         current = torch._C._current_graph_task_id()
         if self.backward is not None and self.backward != current:
             raise PrivacyError(
@@ -154,10 +199,8 @@ class Hooks:
         return Inert, ()
 
 
-class LinearHooks(Hooks):
-    """Of an nn.Linear."""
-
-    module: nn.Linear
+class LayerHooks(Hooks):
+    """Of a layer of one input and one output, whose formula is known."""
 
     def watch(self, args: Any, kwargs: Any, output: Any) -> Tensor:
         a = (args[0] if args else kwargs["input"]).detach()
@@ -166,7 +209,8 @@ class LinearHooks(Hooks):
         output = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
         y = self.attached(output)
         recorder, m = self.recorder, self.module
-        use = functools.partial(LinearUse, self.name, recorder.place, [(a, a._version)], m.weight, m.bias, a)
+        kind: type[LayerUse] = LinearUse if is_linear(m) else FormulaUse
+        use = functools.partial(kind, self.name, recorder.place, [(a, a._version)], m, a)
         y.register_hook(lambda b: recorder.keep(use(b)))
         return y
 
@@ -222,5 +266,5 @@ def attach(module: nn.Module, recorder: Recorder) -> None:
         if any(isinstance(h, Hooks) and h.module is m for h in hooked):
             raise ArgumentError("module", "one that is private already", "new, or a copy.deepcopy: one run, one engine")
     for name, m, slots in owners(module):
-        hooks = LinearHooks if is_linear(m) else ModuleHooks
+        hooks = LayerHooks if is_linear(m) or has_formula(m) else ModuleHooks
         hooks(f"layer '{name}'" if name else "module", m, slots, recorder)

@@ -42,6 +42,14 @@ class Use:
         if any(x._version != version for x, version in self.versions):
             raise PrivacyError(f"{self.layer}: its input was changed in place after the layer used it")
 
+    def inputs(self, rows: int) -> list[Tensor]:
+        """The input tensors; records first in those that have one in each row."""
+        raise NotImplementedError
+
+    def gradients(self, rows: int) -> list[Tensor]:
+        """Of the outputs, records first."""
+        raise NotImplementedError
+
 
 @dataclasses.dataclass(eq=False)
 class Call(Use):
@@ -53,13 +61,11 @@ class Call(Use):
     b: list[Tensor | None]
 
     def inputs(self, rows: int) -> list[Tensor]:
-        """The input tensors; records first in those that have one in each row."""
         leaves = tree_leaves(self.arguments)
         dims = self.unit.record_dims(leaves, rows)
         return [_first(x, dim) for x, dim in zip(leaves, dims, strict=True) if isinstance(x, Tensor)]
 
     def gradients(self, rows: int) -> list[Tensor]:
-        """Of the outputs, records first."""
         dims = self.unit.output_dims(self.outputs, rows)
         return [_first(b, dim) for b, dim in zip(self.b, dims, strict=True) if b is not None]
 
@@ -106,7 +112,7 @@ class Unit:
             return 1 if i <= last and not self.module.batch_first else 0
         return 0
 
-    def gradients(self, call: Call, rows: int) -> dict[Tensor, Tensor]:
+    def formed(self, call: Call, rows: int) -> dict[Tensor, Tensor]:
         """Per-sample gradients of each parameter -> [rows, numel]."""
         call.check_unchanged()
         leaves, spec = tree_flatten(call.arguments)

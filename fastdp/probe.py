@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.coupling import STRENGTHS, compare, compare_half, replace_rows, size
 from fastdp.errors import PrivacyError
-from fastdp.layers import PLAIN, Inert, LinearUse, Recorder
-from fastdp.persample import Call
+from fastdp.layers import PLAIN, Inert, LayerUse, Recorder
+from fastdp.persample import Use
 from fastdp.scales import Scales
 from fastdp.state import State
 from fastdp.tape import Tape, mark, plain
@@ -174,7 +174,7 @@ class Probe:
         self.passed(len(base))
 
     def _check_single(
-        self, tape: Tape, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call], buffers: list[Tensor]
+        self, tape: Tape, loss: Tensor, gradient: Tensor | None, base: list[Use], buffers: list[Tensor]
     ) -> None:
         one = torch.ones(1, dtype=torch.bool)
         for strength in sorted(set(STRENGTHS)):
@@ -217,11 +217,11 @@ class Probe:
             _refuse_ignored(self.ignore_index)
 
     def _check_reduction(
-        self, tape: Tape, loss: Tensor, gradient: Tensor | None, base: list[LinearUse | Call], values: list[Any]
+        self, tape: Tape, loss: Tensor, gradient: Tensor | None, base: list[Use], values: list[Any]
     ) -> None:
         """A mean over half of the records has gradients twice as large, a sum has the same."""
         half = tape.rows // 2
-        if any(isinstance(u, LinearUse) and u.a.dim() and len(u.a) != tape.rows for u in base):
+        if any(isinstance(u, LayerUse) and u.a.dim() and len(u.a) != tape.rows for u in base):
             return  # refused by step(), by its shape
 
         def keep(x: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class Probe:
         gradient: Tensor | None,
         change: Callable[[Tensor], Tensor],
         after: Callable[[Tensor], Tensor] | None = None,
-    ) -> tuple[list[LinearUse | Call], list[Any], list[Tensor]]:
+    ) -> tuple[list[Use], list[Any], list[Tensor]]:
         """What the layers recorded, the numbers taken out of torch, and the buffers, on changed records.
 
         after: how they were changed in a forward before this one, of which the module may remember something.

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastdp.errors import ArgumentError, require
+from fastdp.formulas import FORMULAS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,11 @@ def validate(module: nn.Module) -> list[Rule]:
     for name, m in module.named_modules():
         refused, parameters = refusal(m), owned.get(name, [])
         if refused or parameters:
-            how = "norms from inputs and output gradients" if is_linear(m) else "run again record by record"
+            how = "run again record by record"
+            if is_linear(m):
+                how = "norms from inputs and output gradients"
+            elif has_formula(m):
+                how = "per-sample gradients from inputs and output gradients"
             count = sum(0 if nn.parameter.is_lazy(p) else p.numel() for _, _, p in parameters)
             rules.append(Rule(_path(name), type(m).__name__, count, how, refused))
     return rules
@@ -96,6 +101,11 @@ def refusal(m: nn.Module) -> str:
 
 def is_linear(m: nn.Module) -> bool:
     return type(m) is nn.Linear and m._parameters.keys() == {"weight", "bias"}
+
+
+def has_formula(m: nn.Module) -> bool:
+    """Whether the layer's own formula gives its per-sample gradients."""
+    return type(m) in FORMULAS and m._parameters.keys() <= {"weight", "bias"} and "forward" not in vars(m)
 
 
 Slot = tuple[nn.Module, str, nn.Parameter]  # holder, its key, and what hangs there

@@ -400,7 +400,7 @@ def test_validate_lists_rules_and_refusals() -> None:
     module[0].weight.requires_grad_(False)
     assert [str(rule) for rule in fastdp.validate(module)] == [
         "module.0 (Linear, 3 parameters): norms from inputs and output gradients",
-        "module.1.0 (Conv1d, 4 parameters): run again record by record",
+        "module.1.0 (Conv1d, 4 parameters): per-sample gradients from inputs and output gradients",
         "module.1.1 (BatchNorm1d, 4 parameters): refused, must be replaced: it mixes records. fastdp.fix(model) puts "
         "nn.GroupNorm in its place",
     ]

@@ -36,7 +36,7 @@ def test_a_shared_mask_of_the_batch_size_stays_shared() -> None:
         x, b = torch.randn(rows, 5), torch.randn(rows, 5)
         call = Call("layer", 0, [], unit, ((x, mask), {}), [module(x, mask).detach()], [b])
         want = torch.einsum("bi,bo->bio", x, b) * mask
-        assert torch.allclose(unit.gradients(call, rows)[module.weight], want.flatten(1), atol=1e-5)
+        assert torch.allclose(unit.formed(call, rows)[module.weight], want.flatten(1), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e35, 3e38, float("nan")])
@@ -69,7 +69,7 @@ def test_positions_that_cancel_stay_within_the_bound(name: str) -> None:
     layer = nn.Linear(1, 1)
     spans = [Span(key, p, 16 * i, p.shape) for i, (key, p) in enumerate(layer.named_parameters())]
     total = GradientSum(spans[: 1 + (name == "bias")], c)
-    use = LinearUse("layer", 0, [], layer.weight, layer.bias, torch.tensor([a]), torch.tensor([b]))
+    use = LinearUse("layer", 0, [], layer, torch.tensor([a]), torch.tensor([b]))
     for _ in range(2):
         total.fill([use], 1, 1, scale, False)
         assert total.flat.double().norm() <= c

@@ -1,0 +1,159 @@
+"""Layers whose per-sample gradients have a formula, against autograd on each record alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loops import private
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import fastdp
+from fastdp.errors import PrivacyError
+from fastdp.formulas import FORMULAS
+from fastdp.layers import FormulaUse
+from fastdp.rules import has_formula
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    """A layer, and the shape of a record."""
+    n, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+
+    def each(values: st.SearchStrategy[int]) -> tuple[int, ...]:
+        return tuple(draw(values) for _ in range(n))
+
+    kernel, dilation = each(st.integers(1, 3)), each(st.integers(1, 2))
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    same = draw(st.booleans())
+    stride = (1,) * n if same else each(st.integers(1, 3))
+    padding = "same" if same else draw(st.sampled_from(["valid", each(st.integers(0, 2))]))
+    channels, bias = groups * draw(st.integers(1, 2)), draw(st.booleans())
+    options = {"padding": padding, "dilation": dilation, "groups": groups, "bias": bias, "padding_mode": mode}
+    layer = CONVOLUTIONS[n](channels, groups * draw(st.integers(1, 2)), kernel, stride, **options)
+    return layer, (channels, *each(st.integers(5, 7)))
+
+
+@st.composite
+def norms(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    positions = tuple(draw(st.lists(st.integers(1, 3), max_size=2)))
+    if draw(st.booleans()):
+        groups = draw(st.integers(1, 3))
+        channels = groups * draw(st.integers(2, 3))
+        return nn.GroupNorm(groups, channels, eps=draw(st.sampled_from([1e-5, 0.5]))), (channels, *positions)
+    shape = tuple(draw(st.lists(st.integers(2, 3), min_size=1, max_size=2)))
+    if draw(st.booleans()):
+        return nn.RMSNorm(shape, eps=draw(st.sampled_from([None, 0.5]))), (*positions, *shape)
+    return nn.LayerNorm(shape, bias=draw(st.booleans()), eps=draw(st.sampled_from([1e-5, 0.5]))), (*positions, *shape)
+
+
+def one_by_one(layer: nn.Module, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    named = dict(layer.named_parameters())
+    rows = [torch.autograd.grad(layer(a[i : i + 1]), [*named.values()], b[i : i + 1]) for i in range(len(a))]
+    return {name: torch.stack(gradients) for name, gradients in zip(named, zip(*rows, strict=True), strict=True)}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(convolutions(), norms()), st.integers(1, 4), st.integers(0, 2**31))
+def test_formulas_give_what_autograd_gives_one_by_one(
+    of: tuple[nn.Module, tuple[int, ...]], rows: int, seed: int
+) -> None:
+    layer, shape = of[0].double(), of[1]
+    torch.manual_seed(seed)
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    a = torch.randn(rows, *shape, dtype=torch.float64)
+    b = torch.randn_like(layer(a))
+    assert has_formula(layer)
+    formula, _ = FORMULAS[type(layer)]
+    want = one_by_one(layer, a, b)
+    weight, bias = formula(layer, a, b, True, "bias" in want)
+    for name, g in (("weight", weight), ("bias", bias)):
+        assert (g is None) == (name not in want)
+        if g is not None:
+            torch.testing.assert_close(g.reshape(want[name].shape), want[name], rtol=1e-9, atol=1e-9)
+    assert formula(layer, a, b, False, False) == (None, None)
+
+
+LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "Conv1d": (lambda: nn.Conv1d(2, 3, 2), (2, 5)),
+    "Conv2d": (lambda: nn.Conv2d(2, 4, 3, padding=1, groups=2, padding_mode="reflect"), (2, 5, 4)),
+    "Conv3d": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 2, 3)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), (4, 3)),
+    "LayerNorm": (lambda: nn.LayerNorm(3), (2, 3)),
+    "RMSNorm": (lambda: nn.RMSNorm(3), (2, 3)),
+}
+
+
+def step(layer: nn.Module, records: Tensor, c: float, calls: int) -> dict[str, Tensor]:
+    """What a step of SGD without noise adds to the parameters, of a loss that is the sum of squares."""
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    rows = len(records)
+    _, layer, optimizer, loader = private(
+        layer, optimizer, TensorDataset(records), rows, max_grad_norm=c, loss_reduction="sum", poisson_sampling=False
+    )
+    (x,) = next(iter(loader))
+    sum((layer(x * (i + 1)).square() / (i + 1)).sum() for i in range(calls)).backward()
+    optimizer.step()
+    return {name: (before[name] - p.detach()) * rows for name, p in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("calls", [1, 2], ids=["called once", "called twice"])
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_step_is_the_sum_of_clipped_gradients(name: str, frozen: str | None, calls: int) -> None:
+    """One call or two of the layer, and parameters that are not trained; one record is NaN, and left out."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    layer, records, c = make().double(), torch.randn(6, *shape, dtype=torch.float64), 2.0
+    records[4] = math.nan
+    trained = {key: p for key, p in layer.named_parameters() if key != frozen}
+    for key, p in layer.named_parameters():
+        nn.init.normal_(p)
+        p.requires_grad_(key in trained)
+    if not trained:
+        return
+    want = {key: torch.zeros_like(p) for key, p in trained.items()}
+    for i in (0, 1, 2, 3, 5):
+        x = records[i : i + 1]
+        loss = sum((layer(x * (i + 1)).square() / (i + 1)).sum() for i in range(calls))
+        gradients = torch.autograd.grad(loss, [*trained.values()])
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        for key, g in zip(trained, gradients, strict=True):
+            want[key] += g * min(1.0, c / norm)
+    found = step(layer, records, c, calls)
+    for key, p in found.items():
+        expected = want.get(key, torch.zeros_like(p))
+        torch.testing.assert_close(p, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_input_without_a_dimension_of_records_is_refused(name: str) -> None:
+    """One record of C channels where C records are: its channels would be taken for records."""
+    make, shape = LAYERS[name]
+    layer = make()
+    a = torch.randn(shape[-1:] if name in ("LayerNorm", "RMSNorm", "GroupNorm") else shape)
+    use = FormulaUse("layer 'x'", 0, [], layer, a, a)
+    with pytest.raises(PrivacyError, match="layer 'x': the first dimension of its input is not the batch's records"):
+        use.formed(set(layer.parameters()), len(a), torch.float32)
+
+
+def test_a_subclass_and_a_layer_with_its_own_forward_have_no_formula() -> None:
+    class Scaled(nn.Conv1d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    other = nn.LayerNorm(2)
+    other.forward = lambda x: 2 * nn.LayerNorm.forward(other, x)  # type: ignore[method-assign]
+    plain = nn.LayerNorm(2)
+    assert [has_formula(m) for m in (Scaled(1, 1, 1), other, plain)] == [False, False, True]
+    assert "per-sample gradients from" in str(fastdp.validate(plain)[0])
