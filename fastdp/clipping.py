@@ -1,7 +1,8 @@
 """The sum of clipped per-sample gradients, from what the layers kept, straight into one flat buffer.
 
 The norm over all parameters first, then the sum. For linear layers the norms come without the gradients ("ghost norms")
-and the sum is one matrix product per weight, (factor * b)^T a. For other modules the per-sample gradients are formed.
+and the sum is one matrix product per weight, (factor * b)^T a. For other modules the per-sample gradients are formed,
+those of embeddings as the rows that are not zero.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.optim import LBFGS, Optimizer
 
 from fastdp import native, rules
 from fastdp.errors import ArgumentError, PrivacyError, require
-from fastdp.layers import FormulaUse, LinearUse
+from fastdp.layers import EmbeddingUse, FormulaUse, LinearUse
 from fastdp.persample import Call, Use
 
 # A record's rounded products may exceed its norm by 2^-23 of the sum of their lengths when they cancel (sequences).
@@ -67,9 +68,10 @@ class GradientSum:
             raise PrivacyError("a piece of this batch failed while it was added: the batch cannot be continued")
         for use in uses:
             use.check_unchanged()
-        formed, linear = _formed(uses, self.views, rows, self.dtype)
+        formed, linear, embeddings = _formed(uses, self.views, rows, self.dtype)
         weights, paired, lone = _group(linear, self.views, rows, self.dtype)
-        factors, zeros = self._factors(formed, weights, paired, lone, rows, scale)
+        tables = {p: _merged(of) for p, of in embeddings.items()}
+        factors, zeros = self._factors(formed, tables, weights, paired, lone, rows, scale)
         if real_rows == 0:
             factors.zero_()
             zeros = rows
@@ -91,11 +93,14 @@ class GradientSum:
         for p, g in formed.items():
             # Not a product with float32 factors: the rounding of a subnormal one would take a record beyond C.
             self._scaled(p, g, factors, self.views[p].view(-1), add)
+        for p, (record, index, g) in tables.items():
+            self.views[p].index_add_(0, index, self._scaled(p, g, factors[record], None, add))
         self.whole = True
 
     def _factors(
         self,
         formed: dict[Tensor, Tensor],
+        tables: dict[Tensor, Rows],
         weights: dict[Tensor, tuple[Tensor, Tensor]],
         paired: dict[Tensor, Tensor],
         lone: dict[Tensor, Tensor],
@@ -107,6 +112,8 @@ class GradientSum:
         margin = _Margin(self.dtype)
         for g in formed.values():
             sq += native.sq_norms(g)
+        for record, _, g in tables.values():
+            sq.index_add_(0, record, native.sq_norms(g))
         for p, (a, b) in weights.items():
             native.add_linear_sq_norms(a, b, p in paired, sq)
             if a.dim() == 3:
@@ -181,11 +188,12 @@ def _lengths(x: Tensor) -> Tensor:
 
 def _formed(
     uses: list[Use], managed: Container[Tensor], rows: int, dtype: torch.dtype
-) -> tuple[dict[Tensor, Tensor], list[LinearUse]]:
-    """Per-sample gradients [rows, numel] of the parameters that a module other than a linear layer used, and the uses
-    that have nothing to do with those.
+) -> tuple[dict[Tensor, Tensor], list[LinearUse], dict[Tensor, list[EmbeddingUse]]]:
+    """Per-sample gradients [rows, numel] of the parameters that a module other than a linear layer or an embedding
+    used, and the uses that have nothing to do with those.
 
-    What linear layers add to such a parameter is formed as well, since per-sample gradients are summed before the norm.
+    What linear layers and embeddings add to such a parameter is formed as well, since per-sample gradients are summed
+    before the norm; and of a parameter that is both a linear layer's and an embedding's.
     """
     formed: dict[Tensor, Tensor] = {}
 
@@ -199,6 +207,15 @@ def _formed(
             for p, g in of.items():
                 add(p, g)
     linear = [u for u in uses if isinstance(u, LinearUse)]
+    shared = {*formed, *(p for u in linear for p in (u.weight, u.bias))}
+    embeddings: dict[Tensor, list[EmbeddingUse]] = {}
+    for use in uses:
+        if isinstance(use, EmbeddingUse) and use.weight in managed:
+            use.check(rows, dtype, 1)
+            if use.weight in shared:
+                add(use.weight, _dense(*use.positions(), rows, use.weight))
+            else:
+                embeddings.setdefault(use.weight, []).append(use)
     # A layer of which one parameter is formed has the other formed too, which further layers may share.
     while touched := [u for u in linear if u.weight in formed or u.bias in formed]:
         linear = [u for u in linear if u not in touched]
@@ -207,7 +224,26 @@ def _formed(
             a, b = (x.reshape(rows, -1, x.shape[-1]) for x in (use.a, use.b))
             add(use.weight, torch.bmm(b.transpose(1, 2), a).flatten(1))
             add(use.bias, b.sum(1))
-    return formed, linear
+    return formed, linear, embeddings
+
+
+# Per-sample gradients of a table of embeddings: record [U], which of the table's rows [U], and the gradient [U, E].
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+def _merged(uses: list[EmbeddingUse]) -> Rows:
+    """Each row of the table once for a record that used it several times: what it adds is summed before the norm."""
+    record, index, b = (torch.cat(parts) for parts in zip(*(use.positions() for use in uses), strict=True))
+    size = len(uses[0].weight)
+    keys, which = torch.unique(record * size + index, return_inverse=True)
+    if len(keys) == len(record):
+        return record, index, b
+    return keys // size, keys % size, torch.zeros(len(keys), b.shape[1], dtype=b.dtype).index_add_(0, which, b)
+
+
+def _dense(record: Tensor, index: Tensor, b: Tensor, rows: int, weight: Tensor) -> Tensor:
+    g = torch.zeros(rows, *weight.shape, dtype=b.dtype)
+    return g.index_put_((record, index), b, accumulate=True).flatten(1)
 
 
 def _group(

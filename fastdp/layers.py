@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from fastdp.errors import ArgumentError, PrivacyError
 from fastdp.formulas import FORMULAS
 from fastdp.persample import Call, Unit, Use
-from fastdp.rules import Slot, has_formula, is_linear, owners
+from fastdp.rules import Slot, has_formula, is_embedding, is_linear, owners
 
 # What a module may return beside tensors.
 PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
@@ -66,6 +66,38 @@ class LinearUse(LayerUse):
     def bias(self) -> Tensor | None:
         assert isinstance(self.module, nn.Linear)
         return self.module.bias
+
+
+@dataclasses.dataclass(eq=False)
+class EmbeddingUse(LayerUse):
+    """Of nn.Embedding: indices a [B, ...], b [B, ..., E]. A record's gradient has a row for each index that it used."""
+
+    @property
+    def weight(self) -> Tensor:
+        assert isinstance(self.module, nn.Embedding)
+        return self.module.weight
+
+    def check(self, rows: int, dtype: torch.dtype, dims: int) -> None:
+        if self.a.dim() < dims or self.a.shape[0] != rows:
+            raise PrivacyError(
+                f"{self.layer}: the first dimension of its input is not the batch's records, one each; give it "
+                "`positions.expand(len(x), -1)` for positions that all share"
+            )
+        if self.b.dtype != dtype:
+            raise PrivacyError(
+                f"{self.layer}: output gradient {self.b.dtype}: must be {dtype} as its parameters "
+                "(no autocast in this version)"
+            )
+
+    def positions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Record [P], index [P] and output gradient [P, E] of all positions that count."""
+        assert isinstance(self.module, nn.Embedding)
+        record = torch.arange(len(self.a)).repeat_interleave(self.a[:1].numel())
+        index, b = self.a.flatten(), self.b.reshape(record.numel(), -1)
+        if self.module.padding_idx is None:
+            return record, index, b
+        counts = index != self.module.padding_idx
+        return record[counts], index[counts], b[counts]
 
 
 @dataclasses.dataclass(eq=False)
@@ -209,7 +241,7 @@ class LayerHooks(Hooks):
         output = torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
         y = self.attached(output)
         recorder, m = self.recorder, self.module
-        kind: type[LayerUse] = LinearUse if is_linear(m) else FormulaUse
+        kind: type[LayerUse] = LinearUse if is_linear(m) else EmbeddingUse if is_embedding(m) else FormulaUse
         use = functools.partial(kind, self.name, recorder.place, [(a, a._version)], m, a)
         y.register_hook(lambda b: recorder.keep(use(b)))
         return y
@@ -266,5 +298,5 @@ def attach(module: nn.Module, recorder: Recorder) -> None:
         if any(isinstance(h, Hooks) and h.module is m for h in hooked):
             raise ArgumentError("module", "one that is private already", "new, or a copy.deepcopy: one run, one engine")
     for name, m, slots in owners(module):
-        hooks = LayerHooks if is_linear(m) or has_formula(m) else ModuleHooks
+        hooks = LayerHooks if is_linear(m) or is_embedding(m) or has_formula(m) else ModuleHooks
         hooks(f"layer '{name}'" if name else "module", m, slots, recorder)

@@ -46,6 +46,8 @@ def validate(module: nn.Module) -> list[Rule]:
             how = "run again record by record"
             if is_linear(m):
                 how = "norms from inputs and output gradients"
+            elif is_embedding(m):
+                how = "the rows that a record uses, from inputs and output gradients"
             elif has_formula(m):
                 how = "per-sample gradients from inputs and output gradients"
             count = sum(0 if nn.parameter.is_lazy(p) else p.numel() for _, _, p in parameters)
@@ -101,6 +103,10 @@ def refusal(m: nn.Module) -> str:
 
 def is_linear(m: nn.Module) -> bool:
     return type(m) is nn.Linear and m._parameters.keys() == {"weight", "bias"}
+
+
+def is_embedding(m: nn.Module) -> bool:
+    return type(m) is nn.Embedding and m._parameters.keys() == {"weight"} and "forward" not in vars(m)
 
 
 def has_formula(m: nn.Module) -> bool:

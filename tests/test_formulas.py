@@ -157,3 +157,87 @@ def test_a_subclass_and_a_layer_with_its_own_forward_have_no_formula() -> None:
     plain = nn.LayerNorm(2)
     assert [has_formula(m) for m in (Scaled(1, 1, 1), other, plain)] == [False, False, True]
     assert "per-sample gradients from" in str(fastdp.validate(plain)[0])
+
+
+class Tokens(nn.Module):
+    """Tokens [B, T] into a table, and what may happen to that."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.table = nn.Embedding(7, 3, padding_idx=2 if how == "padding" else None)
+        self.out = nn.Linear(3, 7)
+        if how == "tied":
+            self.out.weight = self.table.weight
+        self.table.weight.requires_grad_(how != "frozen")
+
+    def forward(self, x: Tensor) -> Tensor:
+        e = self.table(x) if self.how != "one token" else self.table(x[:, 0]).unsqueeze(1)
+        if self.how == "twice":
+            e = torch.cat([e, self.table(x.flip(1)[:, :2])], 1)
+        return self.out(e.cumsum(1).tanh()).flatten(1)
+
+
+@pytest.mark.parametrize("pieces", [None, 4])
+@pytest.mark.parametrize("how", ["plain", "padding", "twice", "tied", "one token", "frozen"])
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**31))
+def test_embeddings_are_clipped_as_dense_gradients_are(how: str, pieces: int | None, seed: int) -> None:
+    """Tokens come several times in a record; a batch of one piece and of several."""
+    torch.manual_seed(seed)
+    model, c, rows = Tokens(how).double(), 0.05, 10
+    x = torch.randint(0, 7, (rows, 5))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    want = {name: torch.zeros_like(p) for name, p in trained.items()}
+    for i in range(rows):
+        loss = model(x[i : i + 1]).square().sum()
+        gradients = torch.autograd.grad(loss, [*trained.values()])
+        norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+        for name, g in zip(trained, gradients, strict=True):
+            want[name] += g * min(1.0, c / norm)
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    _, model, optimizer, loader = private(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        TensorDataset(x),
+        rows,
+        max_grad_norm=c,
+        loss_reduction="sum",
+        poisson_sampling=False,
+        max_physical_batch_size=pieces,
+    )
+    for (tokens,) in loader:
+        optimizer.zero_grad()
+        model(tokens).square().sum().backward()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        if name in want:
+            torch.testing.assert_close((before[name] - p.detach()) * rows, want[name], rtol=1e-9, atol=1e-12)
+
+
+def test_embeddings_of_hostile_records_are_left_out() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(5, 2)
+
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return self.table(x).sum(1) * w.unsqueeze(1)
+
+    w = torch.tensor([1.0, 1.0, math.nan, math.inf, 1.0])
+    model = Weighted()
+    before = model.table.weight.detach().clone()
+    _, model, optimizer, loader = private(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        TensorDataset(torch.arange(5).repeat(3, 1).T, w),
+        5,
+        max_grad_norm=0.1,
+        loss_reduction="sum",
+        poisson_sampling=False,
+    )
+    for x, w in loader:
+        model(x, w).sum().backward()
+        optimizer.step()
+    found = (before - model.table.weight.detach()).norm(dim=1) * 5
+    torch.testing.assert_close(found, torch.tensor([0.1, 0.1, 0.0, 0.0, 0.1]))
