@@ -200,7 +200,7 @@ def list_sources(inputs: list[str], argument: str, split: Literal["train", "test
         for path in matching:
             for file in sorted(files_in(path)) if path.is_dir() else [path]:
                 name = file.relative_to(path if path.is_dir() else path.parent).as_posix()
-                if str(file) != text and any(part[0] in "._" for part in Path(name).parts):
+                if file != Path(text) and any(part[0] in "._" for part in Path(name).parts):
                     continue  # Spark writes _SUCCESS and .part-0.crc
                 try:
                     about = file.stat()
