@@ -154,7 +154,7 @@ def _numbers(cells: pa.Array, layout: Layout) -> tuple[Array, Array, Array]:
     missing = cells.is_null().to_numpy(zero_copy_only=False)
     values: Array = cells.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     values = values if values.flags.writeable else values.copy()
-    for number in typed * _null_numbers(layout):
+    for number in _null_numbers(layout) if typed else ():
         missing |= np.isnan(values) if math.isnan(number) else values == number
     bad = ~np.isfinite(values) & ~missing
     return values, missing, np.where(bad, Reason.NUMBER, Reason.GOOD).astype(np.uint8)

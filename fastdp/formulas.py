@@ -63,7 +63,8 @@ def group_norm(m: nn.GroupNorm, a: Tensor, b: Tensor, weight: bool, bias: bool) 
     if weight:
         product = b * F.group_norm(a, m.num_groups, eps=m.eps)
         found = product.flatten(2).sum(2) if product.dim() > 2 else product
-    return found, (b.flatten(2).sum(2) if b.dim() > 2 else b) if bias else None
+    # A loss that is a sum has an expanded gradient, which is not packed.
+    return found, (b.flatten(2).sum(2) if b.dim() > 2 else b.contiguous()) if bias else None
 
 
 # How many dimensions a batch has, at least: with one less, its first dimension would not be records.

@@ -45,8 +45,11 @@ class LayerUse(Use):
     def check(self, rows: int, dtype: torch.dtype, dims: int) -> None:
         """Raise PrivacyError unless the shapes and types are those of one record a row, in the parameters' type."""
         if self.a.dim() < dims or self.a.shape[0] != rows:
-            raise PrivacyError(f"{self.layer}: the first dimension of its input is not the batch's records, one each")
-        if self.a.dtype != dtype or self.b.dtype != dtype:
+            raise PrivacyError(
+                f"{self.layer}: the first dimension of its input is not the batch's records, one each; give it "
+                "`positions.expand(len(x), -1)` for positions that all share"
+            )
+        if any(x.dtype != dtype for x in (self.a, self.b) if x.is_floating_point()):  # an embedding's input is not
             raise PrivacyError(
                 f"{self.layer}: input {self.a.dtype}, output gradient {self.b.dtype}: must be {dtype} as its "
                 "parameters (no autocast in this version)"
@@ -76,18 +79,6 @@ class EmbeddingUse(LayerUse):
     def weight(self) -> Tensor:
         assert isinstance(self.module, nn.Embedding)
         return self.module.weight
-
-    def check(self, rows: int, dtype: torch.dtype, dims: int) -> None:
-        if self.a.dim() < dims or self.a.shape[0] != rows:
-            raise PrivacyError(
-                f"{self.layer}: the first dimension of its input is not the batch's records, one each; give it "
-                "`positions.expand(len(x), -1)` for positions that all share"
-            )
-        if self.b.dtype != dtype:
-            raise PrivacyError(
-                f"{self.layer}: output gradient {self.b.dtype}: must be {dtype} as its parameters "
-                "(no autocast in this version)"
-            )
 
     def positions(self) -> tuple[Tensor, Tensor, Tensor]:
         """Record [P], index [P] and output gradient [P, E] of all positions that count."""

@@ -60,9 +60,9 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
     schema = parse_schema(config)
     check_java()
     sources = list_sources(inputs, "input", "train" if test_inputs else None)
-    trained_on = {os.path.realpath(source.path) for source in sources}
+    trained_on = {identity(Path(source.path)) for source in sources}
     for source in list_sources(test_inputs, "test_input", "test") if test_inputs else []:
-        again = os.path.realpath(source.path) in trained_on
+        again = identity(Path(source.path)) in trained_on
         require(not again, "test_input", source.path, "without files that are also input: they are trained on")
         sources.append(source)
     origin = origin_of(config, sources)
@@ -203,16 +203,22 @@ def list_sources(inputs: list[str], argument: str, split: Literal["train", "test
                 if file != Path(text) and any(part[0] in "._" for part in Path(name).parts):
                     continue  # Spark writes _SUCCESS and .part-0.crc
                 try:
-                    about = file.stat()
+                    which = identity(file)
                 except OSError as error:
                     raise ArgumentError(argument, str(file), f"a file that can be read ({error.strerror})") from error
-                if (about.st_dev, about.st_ino) in seen:
+                if which in seen:
                     continue  # it has several names, of which a pattern may match a folder and what is in it
-                seen.add((about.st_dev, about.st_ino))
+                seen.add(which)
                 require(name not in found, "input", str(file), "of another name than other files")
                 found[name] = file
     require(bool(found), argument, inputs, "with at least one file")
     return [pieces.source(found[name], name, split) for name in sorted(found)]
+
+
+def identity(file: Path) -> tuple[int, int]:
+    """The same for all names of a file, links of either kind among them."""
+    about = file.stat()
+    return about.st_dev, about.st_ino
 
 
 def files_in(folder: Path) -> Iterator[Path]:

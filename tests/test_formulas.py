@@ -88,6 +88,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "Conv2d": (lambda: nn.Conv2d(2, 4, 3, padding=1, groups=2, padding_mode="reflect"), (2, 5, 4)),
     "Conv3d": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 2, 3)),
     "GroupNorm": (lambda: nn.GroupNorm(2, 4), (4, 3)),
+    "GroupNorm of [B, C]": (lambda: nn.GroupNorm(2, 4), (4,)),
     "LayerNorm": (lambda: nn.LayerNorm(3), (2, 3)),
     "RMSNorm": (lambda: nn.RMSNorm(3), (2, 3)),
 }
@@ -141,7 +142,7 @@ def test_an_input_without_a_dimension_of_records_is_refused(name: str) -> None:
     """One record of C channels where C records are: its channels would be taken for records."""
     make, shape = LAYERS[name]
     layer = make()
-    a = torch.randn(shape[-1:] if name in ("LayerNorm", "RMSNorm", "GroupNorm") else shape)
+    a = torch.randn(shape if name.startswith("Conv") else shape[-1:])
     use = FormulaUse("layer 'x'", 0, [], layer, a, a)
     with pytest.raises(PrivacyError, match="layer 'x': the first dimension of its input is not the batch's records"):
         use.formed(set(layer.parameters()), len(a), torch.float32)
@@ -230,7 +231,7 @@ def test_embeddings_of_hostile_records_are_left_out() -> None:
     _, model, optimizer, loader = private(
         model,
         torch.optim.SGD(model.parameters(), lr=1.0),
-        TensorDataset(torch.arange(5).repeat(3, 1).T, w),
+        TensorDataset(torch.arange(5, dtype=torch.int32).repeat(3, 1).T, w),  # as codes of prepared tables are
         5,
         max_grad_norm=0.1,
         loss_reduction="sum",
@@ -241,3 +242,15 @@ def test_embeddings_of_hostile_records_are_left_out() -> None:
         optimizer.step()
     found = (before - model.table.weight.detach()).norm(dim=1) * 5
     torch.testing.assert_close(found, torch.tensor([0.1, 0.1, 0.0, 0.0, 0.1]))
+
+
+def test_a_gradient_that_is_expanded_is_packed_first() -> None:
+    layer = nn.GroupNorm(2, 4)
+    records = TensorDataset(torch.randn(6, 4))
+    _, model, optimizer, loader = private(
+        layer, torch.optim.SGD(layer.parameters(), lr=1.0), records, 6, loss_reduction="sum", poisson_sampling=False
+    )
+    for (x,) in loader:
+        model(x).sum().backward()
+        optimizer.step()
+    assert bool((layer.bias < 0).all())

@@ -300,6 +300,9 @@ def test_each_file_is_read_once_by_whatever_names(job: Any, tmp_path: Path) -> N
     (tmp_path / "raw" / "up").symlink_to(tmp_path / "raw")
     assert names("raw") == ["a.csv", "d.csv"]
     assert names("raw/_b.csv", "raw/day=0") == ["_b.csv", "a.csv"]
+    (tmp_path / "held_out.csv").hardlink_to(tmp_path / "raw" / "day=0" / "a.csv")
+    with pytest.raises(ArgumentError, match=r"test_input=.*held_out.csv'.*also input: they are trained on"):
+        job.prepare(contract(), [str(tmp_path / "raw")], [str(tmp_path / "held_out.csv")], tmp_path / "o")
 
 
 def test_what_spark_keeps_in_temporary_folders_is_for_its_owner(job: Any) -> None:
