@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from fastdp.errors import ArgumentError, PrivacyError
 from fastdp.formulas import FORMULAS
+from fastdp.gradients import Formed, PerSample, Product, Rows
 from fastdp.persample import Call, Unit, Use
 from fastdp.rules import Slot, has_formula, is_embedding, is_linear, owners
 
@@ -60,54 +61,61 @@ class LayerUse(Use):
 class LinearUse(LayerUse):
     """Of a linear layer: a [B, (T,) I], b [B, (T,) O]."""
 
-    @property
-    def weight(self) -> Tensor:
-        assert isinstance(self.module, nn.Linear)
-        return self.module.weight
+    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
+        self.check(rows, dtype, 2)
+        return products(self.module._parameters, self.a, self.b, managed)
 
-    @property
-    def bias(self) -> Tensor | None:
-        assert isinstance(self.module, nn.Linear)
-        return self.module.bias
+
+def products(
+    parameters: Mapping[str, Tensor | None], a: Tensor, b: Tensor, managed: Container[Tensor]
+) -> list[PerSample]:
+    """What b = weight a + bias says of `parameters["weight"]` and "bias"; a [B, ..., I], b [B, ..., O]."""
+    weight, bias = parameters["weight"], parameters["bias"]
+    a, b = (x.contiguous() if x.dim() == 2 else x.reshape(len(x), -1, x.shape[-1]) for x in (a, b))
+    if a.dim() == 3 and a.shape[1] == 1:
+        a, b = a.squeeze(1), b.squeeze(1)
+    parts: list[PerSample] = []
+    if weight is not None and weight in managed:
+        parts.append(Product(weight, 0, len(weight), a, b))
+    if bias is not None and bias in managed:
+        parts.append(Formed(bias, 0, len(bias), b if b.dim() == 2 else b.sum(1)))
+    return parts
 
 
 @dataclasses.dataclass(eq=False)
 class EmbeddingUse(LayerUse):
     """Of nn.Embedding: indices a [B, ...], b [B, ..., E]. A record's gradient has a row for each index that it used."""
 
-    @property
-    def weight(self) -> Tensor:
+    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         assert isinstance(self.module, nn.Embedding)
-        return self.module.weight
-
-    def positions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Record [P], index [P] and output gradient [P, E] of all positions that count."""
-        assert isinstance(self.module, nn.Embedding)
-        record = torch.arange(len(self.a)).repeat_interleave(self.a[:1].numel())
+        weight, padding = self.module.weight, self.module.padding_idx
+        if weight not in managed:
+            return []
+        self.check(rows, dtype, 1)
+        record = torch.arange(rows).repeat_interleave(self.a[:1].numel())
         index, b = self.a.flatten(), self.b.reshape(record.numel(), -1)
-        if self.module.padding_idx is None:
-            return record, index, b
-        counts = index != self.module.padding_idx
-        return record[counts], index[counts], b[counts]
+        if padding is not None:
+            counts = index != padding
+            record, index, b = record[counts], index[counts], b[counts]
+        return [Rows(weight, 0, len(weight), rows, record, index, b)]
 
 
 @dataclasses.dataclass(eq=False)
 class FormulaUse(LayerUse):
     """Of a layer whose per-sample gradients have a formula."""
 
-    def formed(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> dict[Tensor, Tensor]:
-        """Per-sample gradients of each parameter -> [rows, numel]."""
+    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         formula, dims = FORMULAS[type(self.module)]
         self.check(rows, dtype, dims(self.module))
         parameters = [self.module._parameters.get(key) for key in ("weight", "bias")]
         wanted = [p is not None and p in managed for p in parameters]
         with torch.no_grad():
             gradients = formula(self.module, self.a, self.b, *wanted)
-        return {
-            p: g.reshape(rows, -1)
+        return [
+            Formed(p, 0, len(p), g.reshape(rows, -1))
             for p, g in zip(parameters, gradients, strict=True)
             if p is not None and g is not None
-        }
+        ]
 
 
 class Recorder:

@@ -98,6 +98,17 @@ def clip_sum(g: Tensor, max_norm: float, out: Tensor) -> None:
     )
 
 
+def sum_rows(g: Tensor, factors: Tensor, out: Tensor, add: bool) -> None:
+    """out [D] = sum_i factors[i] * g[i], or that added to it; g [B, D], rows of factor 0 unread."""
+    scaled = torch.empty(g.shape, dtype=g.dtype)
+    sums = torch.empty_like(out)
+    scale_rows(g, factors, scaled, sums)
+    if add:
+        out += sums
+    else:
+        out.copy_(sums)
+
+
 def scale_rows(x: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None) -> None:
     """out [B, n] = factors [B] * x [B, n], rows of factor 0 unread; column sums of out into `sums` [n]."""
     _kernels.scale_rows(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastdp.errors import PrivacyError
+from fastdp.gradients import Formed, PerSample, rows_in
 from fastdp.rules import Slot
 from fastdp.state import kept
 
@@ -42,6 +43,13 @@ class Use:
         if any(x._version != version for x, version in self.versions):
             raise PrivacyError(f"{self.layer}: its input was changed in place after the layer used it")
 
+    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
+        """What this call says of the per-sample gradients of the `managed` parameters; PrivacyError if it is not exact.
+
+        rows: records in the batch; dtype: of the parameters.
+        """
+        raise NotImplementedError
+
     def inputs(self, rows: int) -> list[Tensor]:
         """The input tensors; records first in those that have one in each row."""
         raise NotImplementedError
@@ -59,6 +67,9 @@ class Call(Use):
     arguments: tuple[Any, Any]
     outputs: list[Tensor]
     b: list[Tensor | None]
+
+    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
+        return [Formed(p, 0, rows_in(p), g) for p, g in self.unit.formed(self, rows).items() if p in managed]
 
     def inputs(self, rows: int) -> list[Tensor]:
         leaves = tree_leaves(self.arguments)

@@ -145,7 +145,7 @@ def test_an_input_without_a_dimension_of_records_is_refused(name: str) -> None:
     a = torch.randn(shape if name.startswith("Conv") else shape[-1:])
     use = FormulaUse("layer 'x'", 0, [], layer, a, a)
     with pytest.raises(PrivacyError, match="layer 'x': the first dimension of its input is not the batch's records"):
-        use.formed(set(layer.parameters()), len(a), torch.float32)
+        use.parts(set(layer.parameters()), len(a), torch.float32)
 
 
 def test_a_subclass_and_a_layer_with_its_own_forward_have_no_formula() -> None:

@@ -1,0 +1,316 @@
+"""What is known of a parameter's per-sample gradients, and what clipping needs of them: norms, and the weighted sum.
+
+Three kinds: formed, one after the other; the products of inputs and output gradients that they are sums of, for linear
+layers; and the rows that are not zero, for embeddings. `of_parameters` brings what all uses of a parameter say into one
+of them, since the per-sample gradients of a parameter used more than once are summed before the norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdp import native
+
+# A record's rounded products may exceed its norm by 2^-23 of the sum of their lengths when they cancel (sequences).
+ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51}
+
+# Per-sample gradients of a sequence are formed if all of them have no more than this many elements for each element of
+# the layer's inputs and output gradients, which are in memory anyway.
+FORMED_SHARE = 0.25
+
+# Norms come from Gram matrices up to a length of sequences where those take as long as the gradients themselves:
+# T (I + O) = I O / GRAM_SHARE.
+GRAM_SHARE = 1.0
+
+# Elements of per-sample gradients that are formed at once where only their norms are wanted: 1 MiB of float32.
+FORMED_AT_ONCE = 1 << 18
+
+
+# Of each parameter, in its shape: where sums are kept.
+Views = Mapping[Tensor, Tensor]
+
+
+def rows_in(p: Tensor) -> int:
+    return len(p) if p.dim() else 1
+
+
+class Scratch:
+    """Memory kept from step to step, by the rows of a parameter that it is for."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._kept: dict[tuple[Tensor, int], Tensor] = {}
+
+    def rows(self, block: tuple[Tensor, int], count: int, width: int) -> Tensor:
+        kept = self._kept.get(block)
+        if kept is None or len(kept) < count or kept.shape[1] != width:
+            # A quarter more than asked for: Poisson batches grow past their first size again and again.
+            kept = self._kept[block] = torch.empty(count * 5 // 4 + 1, width, dtype=self.dtype)
+        return kept[:count]
+
+
+class Norms:
+    """Squared norms of a group of parameters, and what a record may gain beyond its norm by rounding."""
+
+    def __init__(self, rows: int, dtype: torch.dtype) -> None:
+        self.sq = torch.zeros(rows, dtype=torch.float64)
+        self._dtype, self._rounding, self._limits = dtype, ROUNDING[dtype], torch.finfo(dtype)
+        self._slack: Tensor | None = None  # of the norm, relative to the factor
+        self._lost: Tensor  # at most, of what is added: products that the kernel makes 0, being subnormal
+        self._peak: Tensor  # the largest output gradient, or more
+
+    def add_products(self, a: Tensor, b: Tensor) -> None:
+        """Room for sums of products a_t b_t over positions t, whose terms may cancel but for their rounding."""
+        of_a, of_b = _lengths(a), _lengths(b)
+        slack, peak = (of_a * of_b).sum(1), of_b.amax(1) if b.shape[1] else of_b.sum(1)
+        lost = self._limits.tiny * b.shape[2] ** 0.5 * of_a.sum(1)
+        if self._slack is None:
+            self._slack, self._lost, self._peak = slack, lost, peak
+        else:
+            self._slack, self._lost = self._slack + slack, self._lost + lost
+            self._peak = torch.maximum(self._peak, peak)
+
+    def factors(self, scale: float, max_grad_norm: float) -> tuple[Tensor, int]:
+        """scale * min(1, C / (scale * norm)) of each record, float64 [B], and how many of them are 0."""
+        factors, zeros = native.clip_factors(self._widened(max_grad_norm), self._dtype, scale, max_grad_norm)
+        if self._slack is None:
+            return factors, zeros
+        # 0 where a product may be too large: the kernel would drop single positions.
+        factors.masked_fill_(~(factors * self._peak <= self._limits.max), 0.0)
+        return factors, int((factors == 0.0).sum())
+
+    def _widened(self, max_grad_norm: float) -> Tensor:
+        """Squares of norms that leave room for all that, or are infinite."""
+        if self._slack is None or max_grad_norm == 0.0:
+            return self.sq
+        room = (1.0 - self._lost / max_grad_norm).clamp_min(0.0)
+        return ((self.sq.sqrt() + self._rounding * self._slack) / room).square()
+
+
+def _lengths(x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    return norms
+
+
+@dataclasses.dataclass(eq=False)
+class PerSample:
+    """The per-sample gradients of `count` rows of a parameter from row `start` on; those of its other rows are 0."""
+
+    p: Tensor
+    start: int
+    count: int
+
+    def add_sq_norms(self, norms: Norms) -> None:
+        raise NotImplementedError
+
+    def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
+        """Overwrite these rows in the parameter's view with the sum of factors[i] * gradient i, or add it to them.
+
+        factors: float64 [B], of which `zeros` are 0: those records' gradients may be NaN.
+        """
+        raise NotImplementedError
+
+    def formed(self) -> Tensor:
+        """[B, elements of these rows]."""
+        raise NotImplementedError
+
+    def whole(self) -> Formed:
+        """Formed, with the parameter's other rows."""
+        g, count = self.formed(), rows_in(self.p)
+        if self.count == count:
+            return Formed(self.p, 0, count, g)
+        every = g.new_zeros(len(g), *self.p.shape)
+        every[:, self.start : self.start + self.count] = g.view(len(g), self.count, *self.p.shape[1:])
+        return Formed(self.p, 0, count, every.flatten(1))
+
+    def filled(self) -> list[PerSample]:
+        """What add_to fills: this, and what it does beside."""
+        return [self]
+
+    def rows_of(self, views: Views) -> Tensor:
+        view = views[self.p]
+        return view if self.count == rows_in(self.p) else view[self.start : self.start + self.count]
+
+
+@dataclasses.dataclass(eq=False)
+class Formed(PerSample):
+    """g [B, elements of these rows], packed."""
+
+    g: Tensor
+
+    def add_sq_norms(self, norms: Norms) -> None:
+        norms.sq += native.sq_norms(self.g)
+
+    def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
+        native.sum_rows(self.g, factors, self.rows_of(views).view(-1), add)
+
+    def formed(self) -> Tensor:
+        return self.g
+
+    @staticmethod
+    def joined(of: list[Formed]) -> Formed:
+        first = of[0]
+        return Formed(first.p, first.start, first.count, functools.reduce(torch.add, (part.g for part in of)))
+
+
+@dataclasses.dataclass(eq=False)
+class Product(PerSample):
+    """sum_t b_it a_it^T of record i: a [B, I] and b [B, O], or a [B, T, I] and b [B, T, O]; O = count.
+
+    The norms come without the gradients ("ghost norms"), the weighted sum is one matrix product, (factor * b)^T a.
+    """
+
+    a: Tensor
+    b: Tensor
+    bias: Formed | None = dataclasses.field(default=None, init=False)  # one of which b [B, O] is the gradient
+
+    def add_sq_norms(self, norms: Norms) -> None:
+        a, b = self.a, self.b
+        if a.dim() == 3:
+            norms.add_products(a, b)
+        if self._is_long():
+            norms.sq += torch.cat([native.sq_norms(g) for g in self._formed_in_parts()])
+        else:
+            native.add_linear_sq_norms(a, b, self.bias is not None, norms.sq)
+
+    def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
+        a, b = self.a, self.b
+        if zeros:  # selected, not multiplied by 0: a may hold NaN too
+            a = a.masked_fill((factors == 0.0).view(-1, *[1] * (a.dim() - 1)), 0.0)
+        if b.dim() == 3:
+            factors = factors.repeat_interleave(b.shape[1])
+            a, b = a.flatten(0, 1), b.flatten(0, 1)
+        scaled = scratch.rows((self.p, self.start), len(b), b.shape[1])
+        sums = None if self.bias is None else self.bias.rows_of(views)
+        if sums is not None and add:
+            part = torch.empty_like(sums)
+            native.scale_rows(b, factors, scaled, part)
+            sums += part
+        else:
+            native.scale_rows(b, factors, scaled, sums)
+        out = self.rows_of(views)
+        if add:
+            out.addmm_(scaled.t(), a)
+        else:
+            torch.mm(scaled.t(), a, out=out)
+
+    def filled(self) -> list[PerSample]:
+        return [self] if self.bias is None else [self, self.bias]
+
+    def formed(self) -> Tensor:
+        if self.a.dim() == 2:
+            return torch.bmm(self.b.unsqueeze(2), self.a.unsqueeze(1)).flatten(1)
+        return torch.bmm(self.b.transpose(1, 2), self.a).flatten(1)
+
+    def is_small(self) -> bool:
+        """Whether all per-sample gradients, if they are kept, add little to the memory that is in use anyway."""
+        fan_in, fan_out = self.a.shape[-1], self.b.shape[-1]
+        return self.a.dim() == 3 and fan_in * fan_out <= FORMED_SHARE * self.a.shape[1] * (fan_in + fan_out)
+
+    def _is_long(self) -> bool:
+        """Whether a Gram matrix takes longer than the gradients themselves."""
+        fan_in, fan_out = self.a.shape[-1], self.b.shape[-1]
+        return self.a.dim() == 3 and fan_in * fan_out < GRAM_SHARE * self.a.shape[1] * (fan_in + fan_out)
+
+    def _formed_in_parts(self) -> Iterator[Tensor]:
+        at_once = max(1, FORMED_AT_ONCE // max(1, self.a.shape[-1] * self.b.shape[-1]))
+        for a, b in zip(self.a.split(at_once), self.b.split(at_once), strict=True):
+            yield torch.bmm(b.transpose(1, 2), a).flatten(1)
+
+    @staticmethod
+    def joined(of: list[Product]) -> Product:
+        """With the positions of all uses one after the other."""
+        first = of[0]
+        return Product(first.p, first.start, first.count, _join([u.a for u in of]), _join([u.b for u in of]))
+
+
+@dataclasses.dataclass(eq=False)
+class Rows(PerSample):
+    """Of a table of embeddings: at each position, the record [P] and the row [P] that it used, and b [P, E]."""
+
+    batch: int
+    record: Tensor
+    index: Tensor
+    b: Tensor
+
+    def add_sq_norms(self, norms: Norms) -> None:
+        norms.sq.index_add_(0, self.record, native.sq_norms(self.b))
+
+    def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
+        view = self.rows_of(views)
+        if not add:
+            view.zero_()
+        scaled = scratch.rows((self.p, self.start), len(self.b), self.b.shape[1])
+        native.scale_rows(self.b, factors[self.record], scaled, None)
+        view.index_add_(0, self.index, scaled)
+
+    def formed(self) -> Tensor:
+        g = self.b.new_zeros(self.batch, *self.p.shape)
+        return g.index_put_((self.record, self.index), self.b, accumulate=True).flatten(1)
+
+    @staticmethod
+    def joined(of: list[Rows]) -> Rows:
+        """A row that a record used several times comes once: what the uses add is summed before the norm."""
+        first, size = of[0], len(of[0].p)
+        record, index, b = (torch.cat([getattr(u, name) for u in of]) for name in ("record", "index", "b"))
+        keys, which = torch.unique(record * size + index, return_inverse=True)
+        if len(keys) < len(record):
+            record, index = keys // size, keys % size
+            b = torch.zeros(len(keys), b.shape[1], dtype=b.dtype).index_add_(0, which, b)
+        return Rows(first.p, first.start, first.count, first.batch, record, index, b)
+
+
+def of_parameters(parts: Iterable[PerSample]) -> list[PerSample]:
+    """What uses say of each parameter, brought together: no two of the result are about the same rows of one."""
+    uses: dict[Tensor, list[PerSample]] = {}
+    for part in parts:
+        uses.setdefault(part.p, []).append(part)
+    found = [joined for of in uses.values() for joined in _joined(of)]
+    lone = {id(part.g): part for part in found if isinstance(part, Formed)}
+    paired = set()
+    for part in found:
+        if isinstance(part, Product) and part.b.dim() == 2 and id(part.b) in lone:
+            part.bias = lone[id(part.b)]  # norms and column sums in the passes over b that are made anyway
+            paired.add(id(part.bias))
+            del lone[id(part.b)]
+    return [part for part in found if id(part) not in paired]
+
+
+def _joined(of: list[PerSample]) -> list[PerSample]:
+    """Of one parameter."""
+    blocks: dict[tuple[int, int], list[Any]] = {}
+    for part in of:
+        blocks.setdefault((part.start, part.count), []).append(part)
+    ends = sorted((start, start + count) for start, count in blocks)
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(ends)):
+        blocks = {ends[0]: of}  # rows of one use are a part of another's
+    return [_one(parts) for parts in blocks.values()]
+
+
+def _one(parts: list[Any]) -> PerSample:
+    kinds = {type(part) for part in parts}
+    same = len(kinds) == 1 and len({(part.start, part.count) for part in parts}) == 1
+    if not same:
+        return Formed.joined([part.whole() for part in parts])
+    kind = kinds.pop()
+    joined = parts[0] if len(parts) == 1 and kind is Formed else kind.joined(parts)
+    if isinstance(joined, Product) and joined.is_small():
+        return Formed(joined.p, joined.start, joined.count, joined.formed())
+    assert isinstance(joined, PerSample)
+    return joined
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    """[B, ..., F] of each use -> [B, F], or [B, T, F] with the positions of all uses one after the other."""
+    if len(parts) == 1 and parts[0].dim() == 2:
+        joined = parts[0]
+    else:
+        joined = torch.cat([x.reshape(x.shape[0], -1, x.shape[-1]) for x in parts], dim=1)
+    return joined.contiguous()
