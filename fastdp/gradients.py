@@ -37,8 +37,16 @@ FORMED_AT_ONCE = 1 << 18
 Views = Mapping[Tensor, Tensor]
 
 
+# A parameter, the first of the rows that are meant, and how many.
+Block = tuple[Tensor, int, int]
+
+
 def rows_in(p: Tensor) -> int:
     return len(p) if p.dim() else 1
+
+
+def whole(p: Tensor | None) -> Block | None:
+    return None if p is None else (p, 0, rows_in(p))
 
 
 class Scratch:
@@ -121,7 +129,7 @@ class PerSample:
         """[B, elements of these rows]."""
         raise NotImplementedError
 
-    def whole(self) -> Formed:
+    def expanded(self) -> Formed:
         """Formed, with the parameter's other rows."""
         g, count = self.formed(), rows_in(self.p)
         if self.count == count:
@@ -298,7 +306,7 @@ def _one(parts: list[Any]) -> PerSample:
     kinds = {type(part) for part in parts}
     same = len(kinds) == 1 and len({(part.start, part.count) for part in parts}) == 1
     if not same:
-        return Formed.joined([part.whole() for part in parts])
+        return Formed.joined([part.expanded() for part in parts])
     kind = kinds.pop()
     joined = parts[0] if len(parts) == 1 and kind is Formed else kind.joined(parts)
     if isinstance(joined, Product) and joined.is_small():

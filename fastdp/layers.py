@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fastdp.errors import ArgumentError, PrivacyError
+from fastdp.errors import PrivacyError
 from fastdp.formulas import FORMULAS
-from fastdp.gradients import Formed, PerSample, Product, Rows
+from fastdp.gradients import Block, Formed, PerSample, Product, Rows, whole
 from fastdp.persample import Call, Unit, Use
-from fastdp.rules import Slot, has_formula, is_embedding, is_linear, owners
+from fastdp.rules import Slot, is_embedding, is_linear
 
 # What a module may return beside tensors.
 PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
@@ -63,22 +63,22 @@ class LinearUse(LayerUse):
 
     def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         self.check(rows, dtype, 2)
-        return products(self.module._parameters, self.a, self.b, managed)
+        weight, bias = (self.module._parameters[key] for key in ("weight", "bias"))
+        return products(whole(weight), whole(bias), self.a, self.b, managed)
 
 
 def products(
-    parameters: Mapping[str, Tensor | None], a: Tensor, b: Tensor, managed: Container[Tensor]
+    weight: Block | None, bias: Block | None, a: Tensor, b: Tensor, managed: Container[Tensor]
 ) -> list[PerSample]:
-    """What b = weight a + bias says of `parameters["weight"]` and "bias"; a [B, ..., I], b [B, ..., O]."""
-    weight, bias = parameters["weight"], parameters["bias"]
+    """What b = weight a + bias says of the rows of weight and bias; a [B, ..., I], b [B, ..., O]."""
     a, b = (x.contiguous() if x.dim() == 2 else x.reshape(len(x), -1, x.shape[-1]) for x in (a, b))
     if a.dim() == 3 and a.shape[1] == 1:
         a, b = a.squeeze(1), b.squeeze(1)
     parts: list[PerSample] = []
-    if weight is not None and weight in managed:
-        parts.append(Product(weight, 0, len(weight), a, b))
-    if bias is not None and bias in managed:
-        parts.append(Formed(bias, 0, len(bias), b if b.dim() == 2 else b.sum(1)))
+    if weight is not None and weight[0] in managed:
+        parts.append(Product(*weight, a, b))
+    if bias is not None and bias[0] in managed:
+        parts.append(Formed(*bias, b if b.dim() == 2 else b.sum(1)))
     return parts
 
 
@@ -288,14 +288,3 @@ class Inert:
     def before(self, *args: Any) -> None: ...
 
     def after(self, *args: Any) -> None: ...
-
-
-def attach(module: nn.Module, recorder: Recorder) -> None:
-    """Hook every module that has parameters to be trained; ArgumentError if an engine did so before."""
-    for m in module.modules():
-        hooked = (getattr(hook, "__self__", None) for hook in m._forward_hooks.values())
-        if any(isinstance(h, Hooks) and h.module is m for h in hooked):
-            raise ArgumentError("module", "one that is private already", "new, or a copy.deepcopy: one run, one engine")
-    for name, m, slots in owners(module):
-        hooks = LayerHooks if is_linear(m) or is_embedding(m) or has_formula(m) else ModuleHooks
-        hooks(f"layer '{name}'" if name else "module", m, slots, recorder)
