@@ -8,7 +8,6 @@ torch, with whatever kernel, mask and dropout it takes.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Callable, Container
 from typing import Any, Final
@@ -63,8 +62,8 @@ class AttentionHooks(Hooks):
         y = self.attached(y)
         a, records = _by_record(x.detach(), self._records), self._records
         recorder, versions = self.recorder, [(x.detach(), x._version)]
-        use = functools.partial(ProjectionUse, self.name, recorder.place, versions, self.module, a)
-        y.register_hook(lambda b: recorder.keep(use(_by_record(b, records), found, of_bias)))
+        use = ProjectionUse(self.name, recorder.place, versions, self.module, a, found, of_bias)
+        y.register_hook(lambda b: recorder.keep(use, _by_record(b, records)))
         return y
 
     def _block(self, x: Tensor | None) -> Block | None:

@@ -35,7 +35,7 @@ class LayerUse(Use):
 
     module: nn.Module
     a: Tensor
-    b: Tensor
+    b: Tensor = dataclasses.field(init=False)
 
     def inputs(self, rows: int) -> list[Tensor]:
         return [self.a]
@@ -137,7 +137,8 @@ class Recorder:
         self.uses.clear()
         self.backward = None
 
-    def keep(self, use: Use) -> None:
+    def keep(self, use: Use, b: Any) -> None:
+        """Note that the backward has brought b, the gradients of the use's outputs."""
         current = torch._C._current_graph_task_id()
         if self.backward is not None and self.backward != current:
             raise PrivacyError(
@@ -160,6 +161,7 @@ class Recorder:
         if use.batch != self.batch:
             raise PrivacyError(f"{use.layer}: backward() through a forward of an earlier batch")
         use.check_unchanged()
+        use.b = b
         self.uses.append(use)
 
     @contextmanager
@@ -241,8 +243,8 @@ class LayerHooks(Hooks):
         y = self.attached(output)
         recorder, m = self.recorder, self.module
         kind: type[LayerUse] = LinearUse if is_linear(m) else EmbeddingUse if is_embedding(m) else FormulaUse
-        use = functools.partial(kind, self.name, recorder.place, [(a, a._version)], m, a)
-        y.register_hook(lambda b: recorder.keep(use(b)))
+        use = kind(self.name, recorder.place, [(a, a._version)], m, a)
+        y.register_hook(functools.partial(recorder.keep, use))
         return y
 
 
@@ -277,8 +279,8 @@ class ModuleHooks(Hooks):
         recorder = self.recorder
         versions = [(x, x._version) for x in (*inputs, *self.managed)]
         values = [y.detach().clone() for y in watched]  # a user's in-place function may follow
-        call = functools.partial(Call, self.name, recorder.place, versions, self.unit, (args, kwargs), values)
-        torch.autograd.graph.register_multi_grad_hook(watched, lambda b: recorder.keep(call(list(b))))
+        call = Call(self.name, recorder.place, versions, self.unit, (args, kwargs), values)
+        torch.autograd.graph.register_multi_grad_hook(watched, lambda b: recorder.keep(call, list(b)))
         return tree_unflatten(leaves, spec)
 
 
