@@ -63,7 +63,7 @@ class AttentionHooks(Hooks):
         a, records = _by_record(x.detach(), self._records), self._records
         recorder, versions = self.recorder, [(x.detach(), x._version)]
         use = ProjectionUse(self.name, recorder.place, versions, self.module, a, found, of_bias)
-        y.register_hook(lambda b: recorder.keep(use, _by_record(b, records)))
+        self.on_gradient(y, lambda b: recorder.keep(use, _by_record(b, records)))
         return y
 
     def _block(self, x: Tensor | None) -> Block | None:

@@ -87,8 +87,8 @@ class GradientSum:
     def _zero_unused(self, parts: list[PerSample]) -> None:
         filled = dict.fromkeys(self.views, 0)
         for part in parts:
-            for each in part.filled():
-                filled[each.p] += each.count
+            for block in part.blocks():
+                filled[block.p] += block.count
         for p, view in self.views.items():
             if filled[p] < rows_in(p):
                 view.zero_()

@@ -35,7 +35,7 @@ Block = tuple[Tensor, int, int]
 
 
 def rows_in(p: Tensor) -> int:
-    return len(p) if p.dim() else 1
+    return p.shape[0] if p.dim() else 1
 
 
 def whole(p: Tensor | None) -> Block | None:
@@ -47,13 +47,14 @@ class Scratch:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._kept: dict[tuple[Tensor, int], Tensor] = {}
+        self._kept: dict[tuple[int, int], Tensor] = {}
 
-    def rows(self, block: tuple[Tensor, int], count: int, width: int) -> Tensor:
-        kept = self._kept.get(block)
-        if kept is None or len(kept) < count or kept.shape[1] != width:
+    def rows(self, block: PerSample, count: int, width: int) -> Tensor:
+        key = id(block.p), block.start
+        kept = self._kept.get(key)
+        if kept is None or kept.shape[0] < count or kept.shape[1] != width:
             # A quarter more than asked for: Poisson batches grow past their first size again and again.
-            kept = self._kept[block] = torch.empty(count * 5 // 4 + 1, width, dtype=self.dtype)
+            kept = self._kept[key] = torch.empty(count * 5 // 4 + 1, width, dtype=self.dtype)
         return kept[:count]
 
 
@@ -131,9 +132,14 @@ class PerSample:
         every[:, self.start : self.start + self.count] = g.view(len(g), self.count, *self.p.shape[1:])
         return Formed(self.p, 0, count, every.flatten(1))
 
-    def filled(self) -> list[PerSample]:
-        """What add_to fills: this, and what it does beside."""
+    def blocks(self) -> list[PerSample]:
+        """This, or the parts that it does in one, each of rows of one parameter."""
         return [self]
+
+    @staticmethod
+    def joined(of: list[Any]) -> PerSample:
+        """What all of the same kind and rows say together."""
+        raise NotImplementedError
 
     def rows_of(self, views: Views) -> Tensor:
         view = views[self.p]
@@ -158,6 +164,8 @@ class Formed(PerSample):
     @staticmethod
     def joined(of: list[Formed]) -> Formed:
         first = of[0]
+        if len(of) == 1:
+            return first
         return Formed(first.p, first.start, first.count, functools.reduce(torch.add, (part.g for part in of)))
 
 
@@ -170,7 +178,7 @@ class Product(PerSample):
 
     a: Tensor
     b: Tensor
-    bias: Formed | None = dataclasses.field(default=None, init=False)  # one of which b [B, O] is the gradient
+    bias: Formed | None = None  # of which b [B, O] is the gradient: normed and summed in the passes over b
 
     def add_sq_norms(self, norms: Norms) -> None:
         a, b = self.a, self.b = self.a.contiguous(), self.b.contiguous()
@@ -185,7 +193,7 @@ class Product(PerSample):
         if b.dim() == 3:
             factors = factors.repeat_interleave(b.shape[1])
             a, b = a.flatten(0, 1), b.flatten(0, 1)
-        scaled = scratch.rows((self.p, self.start), len(b), b.shape[1])
+        scaled = scratch.rows(self, b.shape[0], b.shape[1])
         sums = None if self.bias is None else self.bias.rows_of(views)
         if sums is not None and add:
             part = torch.empty_like(sums)
@@ -199,28 +207,33 @@ class Product(PerSample):
         else:
             torch.mm(scaled.t(), a, out=out)
 
-    def filled(self) -> list[PerSample]:
-        return [self] if self.bias is None else [self, self.bias]
+    def blocks(self) -> list[PerSample]:
+        return [self] if self.bias is None else [Product(self.p, self.start, self.count, self.a, self.b), self.bias]
 
     def formed(self) -> Tensor:
         if self.a.dim() == 2:
             return torch.bmm(self.b.unsqueeze(2), self.a.unsqueeze(1)).flatten(1)
         return torch.bmm(self.b.transpose(1, 2), self.a).flatten(1)
 
-    def is_cheaper_formed(self) -> bool:
+    def _is_cheaper_formed(self) -> bool:
         """Whether the gradients themselves, I O numbers a record, take about the memory of a and b, T (I + O) numbers.
 
         Then they also take less time: the same multiplications as the weighted sum, which is two passes over them then,
         where Gram matrices take T^2 (I + O) / 2 beside it (T = 64, I = O = 128 on AVX2: 1.0 ms for 3.1 of 64 records).
         """
-        fan_in, fan_out = self.a.shape[-1], self.b.shape[-1]
-        return self.a.dim() == 3 and fan_in * fan_out <= FORMED_SHARE * self.a.shape[1] * (fan_in + fan_out)
+        fan_in, fan_out = self.a.shape[2], self.b.shape[2]
+        return fan_in * fan_out <= FORMED_SHARE * self.a.shape[1] * (fan_in + fan_out)
 
     @staticmethod
-    def joined(of: list[Product]) -> Product:
+    def joined(of: list[Product]) -> Product | Formed:
         """With the positions of all uses one after the other."""
-        first = of[0]
-        return Product(first.p, first.start, first.count, _join([u.a for u in of]), _join([u.b for u in of]))
+        joined = of[0]
+        if len(of) > 1:
+            a, b = _join([u.a for u in of]), _join([u.b for u in of])
+            joined = Product(joined.p, joined.start, joined.count, a, b)
+        if joined.a.dim() == 3 and joined._is_cheaper_formed():
+            return Formed(joined.p, joined.start, joined.count, joined.formed())
+        return joined
 
 
 @dataclasses.dataclass(eq=False)
@@ -239,7 +252,7 @@ class Rows(PerSample):
         view = self.rows_of(views)
         if not add:
             view.zero_()
-        scaled = scratch.rows((self.p, self.start), len(self.b), self.b.shape[1])
+        scaled = scratch.rows(self, *self.b.shape)
         native.scale_rows(self.b, factors[self.record], scaled, None)
         view.index_add_(0, self.index, scaled)
 
@@ -261,18 +274,15 @@ class Rows(PerSample):
 
 def of_parameters(parts: Iterable[PerSample]) -> list[PerSample]:
     """What uses say of each parameter, brought together: no two of the result are about the same rows of one."""
+    parts = list(parts)
+    blocks = [block for part in parts for block in part.blocks()]
+    if len({id(block.p) for block in blocks}) == len(blocks):
+        return [part.joined([part]) for part in parts]
     uses: dict[Tensor, list[PerSample]] = {}
     for part in parts:
-        uses.setdefault(part.p, []).append(part)
-    found = [joined for of in uses.values() for joined in _joined(of)]
-    lone = {id(part.g): part for part in found if isinstance(part, Formed)}
-    paired = set()
-    for part in found:
-        if isinstance(part, Product) and part.b.dim() == 2 and id(part.b) in lone:
-            part.bias = lone[id(part.b)]  # norms and column sums in the passes over b that are made anyway
-            paired.add(id(part.bias))
-            del lone[id(part.b)]
-    return [part for part in found if id(part) not in paired]
+        for block in part.blocks():
+            uses.setdefault(block.p, []).append(block)
+    return [joined for of in uses.values() for joined in _joined(of)]
 
 
 def _joined(of: list[PerSample]) -> list[PerSample]:
@@ -287,18 +297,13 @@ def _joined(of: list[PerSample]) -> list[PerSample]:
 
 
 def _one(parts: list[Any]) -> PerSample:
-    kinds = {type(part) for part in parts}
-    same = len(kinds) == 1 and len({(part.start, part.count) for part in parts}) == 1
-    if not same:
-        return Formed.joined([part.expanded() for part in parts])
-    kind = kinds.pop()
-    joined = parts[0] if len(parts) == 1 and kind is Formed else kind.joined(parts)
-    if isinstance(joined, Product) and joined.is_cheaper_formed():
-        return Formed(joined.p, joined.start, joined.count, joined.formed())
-    assert isinstance(joined, PerSample)
+    kinds = {(type(part), part.start, part.count) for part in parts}
+    if len(kinds) > 1:
+        parts = [part.expanded() for part in parts]
+    joined: PerSample = parts[0].joined(parts)
     return joined
 
 
 def _join(parts: list[Tensor]) -> Tensor:
-    """[B, (T,) F] of each use -> that of the only one, or [B, T, F] with the positions of all one after the other."""
-    return parts[0] if len(parts) == 1 else torch.cat([x.unsqueeze(1) if x.dim() == 2 else x for x in parts], dim=1)
+    """[B, (T,) F] of each use -> [B, T, F] with the positions of all one after the other."""
+    return torch.cat([x.unsqueeze(1) if x.dim() == 2 else x for x in parts], dim=1)

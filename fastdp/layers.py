@@ -74,12 +74,14 @@ def products(
     a, b = (x.contiguous() if x.dim() == 2 else x.reshape(len(x), -1, x.shape[-1]) for x in (a, b))
     if a.dim() == 3 and a.shape[1] == 1:
         a, b = a.squeeze(1), b.squeeze(1)
-    parts: list[PerSample] = []
-    if weight is not None and weight[0] in managed:
-        parts.append(Product(*weight, a, b))
+    of_bias = None
     if bias is not None and bias[0] in managed:
-        parts.append(Formed(*bias, b if b.dim() == 2 else b.sum(1)))
-    return parts
+        of_bias = Formed(*bias, b if b.dim() == 2 else b.sum(1))
+    if weight is None or weight[0] not in managed:
+        return [] if of_bias is None else [of_bias]
+    if of_bias is None or b.dim() == 2:
+        return [Product(*weight, a, b, of_bias)]
+    return [Product(*weight, a, b), of_bias]
 
 
 @dataclasses.dataclass(eq=False)
@@ -225,6 +227,19 @@ class Hooks:
         attached: Tensor = _Attach.apply(y, self._anchor)  # type: ignore[no-untyped-call]
         return attached
 
+    @staticmethod
+    def on_gradient(y: Tensor, keep: Callable[[Tensor], None]) -> None:
+        """Call keep(b) when the backward brings y's gradient, what the user's own hooks make of it."""
+
+        def before(gradients: tuple[Tensor | None, ...]) -> None:
+            b = gradients[y_number]
+            if b is not None:
+                keep(b)
+
+        y_number = y.output_nr
+        assert y.grad_fn is not None
+        y.grad_fn.register_prehook(before)  # a third of the time of y.register_hook
+
     def __deepcopy__(self, memo: Any) -> Hooks:
         return self  # the copied module is another one, for which these hooks do nothing
 
@@ -244,7 +259,7 @@ class LayerHooks(Hooks):
         recorder, m = self.recorder, self.module
         kind: type[LayerUse] = LinearUse if is_linear(m) else EmbeddingUse if is_embedding(m) else FormulaUse
         use = kind(self.name, recorder.place, [(a, a._version)], m, a)
-        y.register_hook(functools.partial(recorder.keep, use))
+        self.on_gradient(y, functools.partial(recorder.keep, use))
         return y
 
 
