@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdp.gradients import Block, PerSample
+from fastdp.gradients import Block, PerSample, are_small
 from fastdp.layers import Hooks, LayerUse, products
 
 LINEAR: Final = F.linear  # torch's own
@@ -29,9 +29,12 @@ class ProjectionUse(LayerUse):
     weight: Block | None
     bias: Block | None
 
-    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
+    def made(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         self.check(rows, dtype, 3)
         return products(self.weight, self.bias, self.a, self.b, managed)
+
+    def fits(self, rows: int) -> bool:
+        return are_small(self.a, self.b)
 
 
 class AttentionHooks(Hooks):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +54,6 @@ class GradientSum:
     def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float, add: bool) -> None:
         """Overwrite the buffer with the clipped sum over this rank's records, or add it to what is there.
 
-        uses: of the batch; they are used up, so that what one keeps is let go as soon as gradients are formed of it.
         rows: records in the batch as the model saw it; real_rows: 0 if it was the stand-in of an empty batch.
         scale: what the loss divided each record's gradient by (the row count for a mean).
         """
@@ -63,7 +61,7 @@ class GradientSum:
             raise PrivacyError("a piece of this batch failed while it was added: the batch cannot be continued")
         for use in uses:
             use.check_unchanged()
-        parts = of_parameters(self._parts(uses, rows))
+        parts = of_parameters(part for use in uses for part in use.parts(self.views, rows, self.dtype))
         norms = Norms(rows, self.dtype)
         for part in parts:
             part.add_sq_norms(norms)
@@ -77,12 +75,6 @@ class GradientSum:
         for part in parts:
             part.add_to(self.views, factors, zeros, self._scratch, add)
         self.whole = True
-
-    def _parts(self, uses: list[Use], rows: int) -> Iterator[PerSample]:
-        while uses:
-            use = uses.pop(0)
-            yield from use.parts(self.views, rows, self.dtype)
-            use.release()
 
     def _zero_unused(self, parts: list[PerSample]) -> None:
         filled = dict.fromkeys(self.views, 0)

@@ -261,6 +261,7 @@ class PrivacyEngine:
 
         loader.on_batch = on_batch
         gradient = GradientSum(spans, plan.max_grad_norm)
+        recorder.settle = lambda use: use.settle(gradient.views, max(loader.rows, 1), gradient.dtype)
         private = PrivateOptimizer(
             optimizer,
             plan=plan,

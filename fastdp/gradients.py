@@ -22,10 +22,6 @@ from fastdp import native
 ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51}
 
 
-# Per-sample gradients of a sequence are formed if they have no more than this many elements for each of the layer's
-# inputs and output gradients, which are let go then.
-FORMED_SHARE = 1.5
-
 # Of each parameter, in its shape: where sums are kept.
 Views = Mapping[Tensor, Tensor]
 
@@ -43,19 +39,16 @@ def whole(p: Tensor | None) -> Block | None:
 
 
 class Scratch:
-    """Memory kept from step to step, by the rows of a parameter that it is for."""
+    """Memory kept from step to step, for one use after the other."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._kept = torch.empty(0, dtype=dtype)
 
-    def rows(self, block: PerSample, count: int, width: int) -> Tensor:
-        key = id(block.p), block.start
-        kept = self._kept.get(key)
-        if kept is None or kept.shape[0] < count or kept.shape[1] != width:
+    def rows(self, count: int, width: int) -> Tensor:
+        if self._kept.numel() < count * width:
             # A quarter more than asked for: Poisson batches grow past their first size again and again.
-            kept = self._kept[key] = torch.empty(count * 5 // 4 + 1, width, dtype=self.dtype)
-        return kept[:count]
+            self._kept = torch.empty(count * width * 5 // 4, dtype=self._kept.dtype)
+        return self._kept[: count * width].view(count, width)
 
 
 class Norms:
@@ -99,6 +92,15 @@ class Norms:
 def _lengths(x: Tensor) -> Tensor:
     """[B, T, F] -> [B, T]"""
     return native.sq_norms(x.view(-1, x.shape[2])).sqrt_().view(x.shape[:2])
+
+
+def are_small(a: Tensor, b: Tensor) -> bool:
+    """Whether gradients that are sums over positions, I O numbers a record, take no more memory than a and b.
+
+    Then they also take less time: the same multiplications as the weighted sum, which is two passes over them then,
+    where Gram matrices take T^2 (I + O) / 2 beside it (T = 64, I = O = 128 on AVX2: 1.0 ms for 3.1 of 64 records).
+    """
+    return a.dim() > 2 and a.shape[0] * a.shape[-1] * b.shape[-1] <= a.numel() + b.numel()
 
 
 @dataclasses.dataclass(eq=False)
@@ -193,7 +195,7 @@ class Product(PerSample):
         if b.dim() == 3:
             factors = factors.repeat_interleave(b.shape[1])
             a, b = a.flatten(0, 1), b.flatten(0, 1)
-        scaled = scratch.rows(self, b.shape[0], b.shape[1])
+        scaled = scratch.rows(*b.shape)
         sums = None if self.bias is None else self.bias.rows_of(views)
         if sums is not None and add:
             part = torch.empty_like(sums)
@@ -215,15 +217,6 @@ class Product(PerSample):
             return torch.bmm(self.b.unsqueeze(2), self.a.unsqueeze(1)).flatten(1)
         return torch.bmm(self.b.transpose(1, 2), self.a).flatten(1)
 
-    def _is_cheaper_formed(self) -> bool:
-        """Whether the gradients themselves, I O numbers a record, take about the memory of a and b, T (I + O) numbers.
-
-        Then they also take less time: the same multiplications as the weighted sum, which is two passes over them then,
-        where Gram matrices take T^2 (I + O) / 2 beside it (T = 64, I = O = 128 on AVX2: 1.0 ms for 3.1 of 64 records).
-        """
-        fan_in, fan_out = self.a.shape[2], self.b.shape[2]
-        return fan_in * fan_out <= FORMED_SHARE * self.a.shape[1] * (fan_in + fan_out)
-
     @staticmethod
     def joined(of: list[Product]) -> Product | Formed:
         """With the positions of all uses one after the other."""
@@ -231,7 +224,7 @@ class Product(PerSample):
         if len(of) > 1:
             a, b = _join([u.a for u in of]), _join([u.b for u in of])
             joined = Product(joined.p, joined.start, joined.count, a, b)
-        if joined.a.dim() == 3 and joined._is_cheaper_formed():
+        if are_small(joined.a, joined.b):
             return Formed(joined.p, joined.start, joined.count, joined.formed())
         return joined
 
@@ -252,7 +245,7 @@ class Rows(PerSample):
         view = self.rows_of(views)
         if not add:
             view.zero_()
-        scaled = scratch.rows(self, *self.b.shape)
+        scaled = scratch.rows(*self.b.shape)
         native.scale_rows(self.b, factors[self.record], scaled, None)
         view.index_add_(0, self.index, scaled)
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from fastdp.errors import PrivacyError
 from fastdp.formulas import FORMULAS
-from fastdp.gradients import Block, Formed, PerSample, Product, Rows, whole
+from fastdp.gradients import Block, Formed, PerSample, Product, Rows, are_small, whole
 from fastdp.persample import Call, Unit, Use
 from fastdp.rules import Slot, is_embedding, is_linear
 
@@ -36,6 +36,24 @@ class LayerUse(Use):
     module: nn.Module
     a: Tensor
     b: Tensor = dataclasses.field(init=False)
+    _settled: list[PerSample] | None = dataclasses.field(default=None, init=False)
+
+    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
+        return self.made(managed, rows, dtype) if self._settled is None else self._settled
+
+    def settle(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> None:
+        if self.fits(rows):
+            self._settled = self.made(managed, rows, dtype)
+            self.versions = []
+            del self.a, self.b
+
+    def made(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
+        """What parts() gives."""
+        raise NotImplementedError
+
+    def fits(self, rows: int) -> bool:
+        """Whether that is `Formed`, and no larger than a and b."""
+        return False
 
     def inputs(self, rows: int) -> list[Tensor]:
         return [self.a]
@@ -61,10 +79,13 @@ class LayerUse(Use):
 class LinearUse(LayerUse):
     """Of a linear layer: a [B, (T,) I], b [B, (T,) O]."""
 
-    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
+    def made(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         self.check(rows, dtype, 2)
         weight, bias = (self.module._parameters[key] for key in ("weight", "bias"))
         return products(whole(weight), whole(bias), self.a, self.b, managed)
+
+    def fits(self, rows: int) -> bool:
+        return are_small(self.a, self.b)
 
 
 def products(
@@ -81,14 +102,15 @@ def products(
         return [] if of_bias is None else [of_bias]
     if of_bias is None or b.dim() == 2:
         return [Product(*weight, a, b, of_bias)]
-    return [Product(*weight, a, b), of_bias]
+    product = Product(*weight, a, b)
+    return [product.joined([product]), of_bias]
 
 
 @dataclasses.dataclass(eq=False)
 class EmbeddingUse(LayerUse):
     """Of nn.Embedding: indices a [B, ...], b [B, ..., E]. A record's gradient has a row for each index that it used."""
 
-    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
+    def made(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         assert isinstance(self.module, nn.Embedding)
         weight, padding = self.module.weight, self.module.padding_idx
         if weight not in managed:
@@ -106,7 +128,7 @@ class EmbeddingUse(LayerUse):
 class FormulaUse(LayerUse):
     """Of a layer whose per-sample gradients have a formula."""
 
-    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
+    def made(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         formula, dims = FORMULAS[type(self.module)]
         self.check(rows, dtype, dims(self.module))
         parameters = [self.module._parameters.get(key) for key in ("weight", "bias")]
@@ -119,6 +141,10 @@ class FormulaUse(LayerUse):
             if p is not None and g is not None
         ]
 
+    def fits(self, rows: int) -> bool:
+        sizes = [p.numel() for p in self.module._parameters.values() if p is not None]
+        return rows * sum(sizes) <= self.a.numel() + self.b.numel()
+
 
 class Recorder:
     """The uses of one backward, in the order in which their gradients arrived."""
@@ -129,6 +155,7 @@ class Recorder:
         self.batch = 0  # which of the loader's batches is current; below 0: a replay of one
         self.depth = 0  # of calls of the module given to make_private that are going on
         self.paused = False  # a forward that is run again
+        self.settle: Callable[[Use], None] = lambda use: None  # what is done with each use of a training step at once
 
     @property
     def place(self) -> int | None:
@@ -165,6 +192,8 @@ class Recorder:
         use.check_unchanged()
         use.b = b
         self.uses.append(use)
+        if self.batch >= 0:
+            self.settle(use)
 
     @contextmanager
     def pause(self) -> Iterator[None]:

@@ -51,11 +51,9 @@ class Use:
         """
         raise NotImplementedError
 
-    def release(self) -> None:
-        """Let all tensors go: the graph, which the user's loss may keep alive, has this use in its hooks."""
-        vars(self).update(versions=[])
-        for name in vars(self).keys() - {"layer", "batch", "versions"}:
-            delattr(self, name)
+    def settle(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> None:
+        """During the backward: make parts() now if they take no more memory than what they are made of, and let go of
+        that, which the graph's hooks, and the user's loss through them, would keep alive."""
 
     def inputs(self, rows: int) -> list[Tensor]:
         """The input tensors; records first in those that have one in each row."""
