@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fastdp import PrivacyEngine, reference
+from fastdp import PrivacyEngine, reference, watch
+from fastdp.gradients import of_parameters
+from fastdp.layers import Recorder
+from fastdp.persample import Use
 
 
 class Reused(nn.Module):
@@ -75,3 +78,21 @@ def oracle_step(module: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, 
     for p, g in zip(params, reference.clipped_gradient(gradients, c, params), strict=True):
         p.grad = (g / b).to(p.dtype)
     optimizer.step()
+
+
+def seen(module: nn.Module, b: Tensor, *inputs: Tensor) -> tuple[dict[Tensor, Tensor], list[Use]]:
+    """Per-sample gradients [B, *shape] of the trained parameters, as the hooks see them, and the uses they are from.
+
+    b: the gradient of module(*inputs)."""
+    recorder = Recorder()
+    watch.attach(module, recorder)
+    recorder.depth = 1
+    y = module(*inputs)
+    if y.requires_grad:
+        y.backward(b)
+    found = {p: torch.zeros(len(b), *p.shape, dtype=p.dtype) for p in module.parameters() if p.requires_grad}
+    for part in of_parameters(p for use in recorder.uses for p in use.parts(found, len(b), b.dtype)):
+        for block in part.blocks():
+            found[block.p] += block.expanded().g.view_as(found[block.p])
+    assert all(p.grad is None for p in module.parameters())
+    return found, recorder.uses

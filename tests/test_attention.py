@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import private
+from loops import private, seen
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -19,7 +19,6 @@ import fastdp
 from fastdp import watch
 from fastdp.attention import ProjectionUse
 from fastdp.errors import PrivacyError
-from fastdp.gradients import of_parameters
 from fastdp.layers import Recorder
 
 LINEAR = F.linear
@@ -66,33 +65,14 @@ def attending(draw: st.DrawFn) -> tuple[Attends, tuple[Tensor, Tensor, Tensor]]:
     return module, (x, y, z)
 
 
-def seen(module: nn.Module, inputs: tuple[Tensor, ...], b: Tensor) -> dict[Tensor, Tensor]:
-    """Per-sample gradients [B, *shape] of the trained parameters, as the hooks see them."""
-    recorder = Recorder()
-    watch.attach(module, recorder)
-    recorder.depth = 1
-    y = module(*inputs)
-    if y.requires_grad:
-        y.backward(b)
-    assert all(isinstance(use, ProjectionUse) for use in recorder.uses)
-    managed = {p: None for p in module.parameters() if p.requires_grad}
-    found = {p: torch.zeros(B, *p.shape, dtype=p.dtype) for p in managed}
-    for part in of_parameters(p for use in recorder.uses for p in use.parts(managed, B, torch.float64)):
-        found[part.p] += part.expanded().g.view_as(found[part.p])
-        bias = getattr(part, "bias", None)
-        if bias is not None:
-            found[bias.p] += bias.expanded().g.view_as(found[bias.p])
-    assert all(p.grad is None for p in module.parameters())
-    return found
-
-
 @settings(max_examples=150, deadline=None)
 @given(attending())
 def test_any_options(made: tuple[Attends, tuple[Tensor, Tensor, Tensor]]) -> None:
     module, inputs = made
     alone = copy.deepcopy(module)
     b = torch.randn(inputs[0].shape, dtype=torch.float64)
-    found = seen(module, inputs, b)
+    found, uses = seen(module, b, *inputs)
+    assert all(isinstance(use, ProjectionUse) for use in uses)
     assert F.linear is LINEAR
     pairs = [(p, q) for p, q in zip(module.parameters(), alone.parameters(), strict=True) if p.requires_grad]
     for i in range(B):
