@@ -6,10 +6,10 @@ target_link_libraries(_kernels PRIVATE fastdp_flags ${CMAKE_DL_LIBS})
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   target_sources(_kernels PRIVATE csrc/isa_avx2.cpp csrc/isa_avx512.cpp)
   target_compile_definitions(_kernels PRIVATE FASTDP_X86)
-  set_source_files_properties(csrc/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2")
+  set_source_files_properties(csrc/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma")
   set_source_files_properties(
     csrc/isa_avx512.cpp PROPERTIES COMPILE_OPTIONS
-                                   "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
+                                   "-mfma;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
 endif()
 # GCC 12 vectorises at -O3 only with the unlimited cost model when trip counts are unknown.
 set_source_files_properties(csrc/isa_scalar.cpp PROPERTIES COMPILE_OPTIONS "-O3")
