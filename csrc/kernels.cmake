@@ -9,7 +9,7 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   set_source_files_properties(csrc/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma")
   set_source_files_properties(
     csrc/isa_avx512.cpp PROPERTIES COMPILE_OPTIONS
-                                   "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
+                                   "-mfma;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")
 endif()
 # GCC 12 vectorises at -O3 only with the unlimited cost model when trip counts are unknown.
 set_source_files_properties(csrc/isa_scalar.cpp PROPERTIES COMPILE_OPTIONS "-O3")

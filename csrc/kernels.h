@@ -7,8 +7,10 @@
 namespace fastdp {
 
 // Uniform words used by one normal chunk, and the order they come in, are part of the contract: noise element
-// `index` is output (index % 160) / 16 of ChaCha block 16 * (index / 160) + index % 16, whatever the vector width.
-constexpr int64_t kChunk = 160;
+// `index` is output (index % 256) / 16 of ChaCha block 16 * (index / 256) + index % 16, whatever the vector width.
+// Outputs 2p and 2p + 1 of a block are the pair made from its words 2p (radius) and 2p + 1 (angle). Where the radius
+// takes 64 bits (normal.h), the low ones are word p of the block of the same number in Domain::noise_tail.
+constexpr int64_t kChunk = 256;
 
 // Records of one sampling block: they are drawn from a stream of their own, so a block can be drawn alone.
 constexpr int64_t kSampleBlock = 4096;
@@ -83,7 +85,7 @@ struct Kernels {
   StepKernels<double> step_float64;
   // words[16 * blocks] in RFC 8439's order, from block `first` of the stream
   void (*keystream)(const Stream& stream, uint64_t first, int64_t blocks, uint32_t* words);
-  // z[2][n] from words[3][n] (high, low, angle), n a multiple of 16: what noise is made of, for tests
+  // z[2][n] from words[3][n] (radius, its low bits, angle), n a multiple of 16: what noise is made of, for tests
   void (*normals_from_words)(const uint32_t* words, int64_t n, float* z);
   // the records of block `block` (n <= 4096 of them) that are in the batch, ascending; returns how many
   int64_t (*sample_block)(const Stream& stream, int64_t block, int64_t n, double rate, int64_t* ids);

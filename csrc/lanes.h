@@ -28,6 +28,32 @@ inline f32v sqrt_lanes(f32v x) {
   return x;
 }
 
+inline f32v all(float x) { return x + f32v{}; }
+inline f32v all(f32v x) { return x; }
+
+// a * b + c rounded once, by IEEE 754: a float stands for all lanes. The baseline of x86-64 lacks the
+// instruction and calls libm's fmaf for each lane: the same bits, but noise at a third of the speed it had without.
+template <class B, class C>
+inline f32v fused(f32v a, B b, C c) {
+  const f32v bs = all(b), cs = all(c);
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)bs, (__m512)cs);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)bs, (__m256)cs);
+#else
+  f32v sum;
+  for (int i = 0; i < kLanes; ++i) sum[i] = __builtin_fmaf(a[i], bs[i], cs[i]);
+  return sum;
+#endif
+}
+
+inline bool any_lane(i32v x) {
+  uint64_t t[kLanes / 2], any = 0;
+  std::memcpy(t, &x, sizeof t);
+  for (int i = 0; i < kLanes / 2; ++i) any |= t[i];
+  return any != 0;
+}
+
 template <int n>
 inline u32v rotate_left(u32v x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)

@@ -221,7 +221,8 @@ def tail_delta(noise_multiplier: float, steps: int, dimension: int) -> float:
         at most G(s²) <= exp(-(R-s)²/2), for |z+Δ| > R needs |z| > R - s. So the shift is paid once a step, not once a
         dimension.
     (c) Union over steps, with pairs <= dimension: (a) and the p of (b), 2^-65 a pair each, fit in dimension 2^-64.
-    The grid of 2^64 radii, 2^32 angles and float32 is rounding, which no accountant here covers.
+    The grid of radii (u in steps of 2^-64 within 2^-13 of 0 and of 1, 2^-32 between; smallest u 2^-65), of 2^32 angles
+    and float32 is rounding, which no accountant here covers.
     """
     require(noise_multiplier >= 0, "noise_multiplier", noise_multiplier, ">= 0")
     _check_steps(steps)

@@ -13,8 +13,8 @@ from fastdp.errors import ArgumentError, require
 
 KEY_BYTES = 32
 
-# A stream has 2^48 blocks of ChaCha20: ten normals each, or 4 records each at the sampler's 1024 blocks per 4096.
-MAX_OFFSET = 10 * 2**48
+# A stream has 2^48 blocks of ChaCha20: 16 normals each, or 4 records each at the sampler's 1024 blocks per 4096.
+MAX_OFFSET = 16 * 2**48
 MAX_RECORDS = 4 * 2**48
 
 DTYPES = {

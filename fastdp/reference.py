@@ -115,11 +115,17 @@ def stream_words(key: bytes, domain: int, step: int, block: int) -> tuple[int, .
     return struct.unpack("<16I", chacha20_block(key, block & 0xFFFFFFFF, nonce))
 
 
+def near_an_end(high: int) -> bool:
+    """Is u, whose first 32 bits are `high`, within 2^-13 of 0 or of 1?"""
+    return high < 2**19 or high >= 2**32 - 2**19
+
+
 def normal_pair(high: int, low: int, angle: int) -> tuple[float, float]:
-    """Box & Muller 1958: sqrt(-2 log u) (cos, sin), u from 64 bits, the angle from 30 bits, a swap and a sign."""
-    k = high << 32 | low
-    # log(u) from the side that keeps its digits: u = (k + 1/2) 2^-64.
-    below, above = (2 * k + 1) / 2**65, (2 * ((1 << 64) - 1 - k) + 1) / 2**65  # u and 1 - u
+    """Box & Muller 1958: sqrt(-2 log u) (cos, sin), u from 32 or 64 bits, the angle from 30 bits, a swap and a sign."""
+    # u is the middle of its cell: 2^-32 wide, and 2^-64 wide near 0 and 1.
+    k, bits = (high << 32 | low, 64) if near_an_end(high) else (high, 32)
+    # log(u) from the side that keeps its digits
+    below, above = (2 * k + 1) / 2 ** (bits + 1), (2 * ((1 << bits) - 1 - k) + 1) / 2 ** (bits + 1)  # u and 1 - u
     log_u = math.log(below) if below < above else math.log1p(-above)
     radius = math.sqrt(-2.0 * log_u) * (-1.0 if angle >> 30 & 1 else 1.0)
     part = angle & 0x3FFFFFFF
@@ -129,15 +135,20 @@ def normal_pair(high: int, low: int, angle: int) -> tuple[float, float]:
     return (s, c) if angle >> 31 else (c, s)
 
 
-def gaussian_noise(n: int, key: bytes, step: int, offset: int = 0, domain: int = 2) -> Tensor:
-    """N(offset), ..., N(offset + n - 1): index 160 c + 16 j + lane is output j of block 16 c + lane."""
+def gaussian_noise(n: int, key: bytes, step: int, offset: int = 0, domain: int = 2, tail_domain: int = 5) -> Tensor:
+    """N(offset), ..., N(offset + n - 1): index 256 c + 16 j + lane is output j of block 16 c + lane.
+
+    Pair p of a block, outputs 2 p and 2 p + 1, takes the block's words 2 p and 2 p + 1; where the radius needs 64 bits,
+    the other 32 are word p of the block of the same number in the tail's domain.
+    """
     out = torch.empty(n, dtype=torch.float64)
     for i in range(n):
-        chunk, rest = divmod(offset + i, 160)
+        chunk, rest = divmod(offset + i, 256)
         j, lane = divmod(rest, 16)
-        words = stream_words(key, domain, step, 16 * chunk + lane)
-        pair = 3 * (j // 2)
-        out[i] = normal_pair(*words[pair : pair + 3])[j % 2]
+        block, pair = 16 * chunk + lane, j // 2
+        high, angle = stream_words(key, domain, step, block)[2 * pair : 2 * pair + 2]
+        low = stream_words(key, tail_domain, step, block)[pair] if near_an_end(high) else 0
+        out[i] = normal_pair(high, low, angle)[j % 2]
     return out
 
 
