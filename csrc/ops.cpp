@@ -17,8 +17,9 @@ constexpr int64_t kPart = 16384;
 // Rows that are read side by side: see square_rows and accumulate_rows.
 constexpr int64_t kRows = 4;
 
-// What clip_sum norms and then sums before it goes on, or kRows rows if those are larger; and elements of a part of it.
-constexpr int64_t kGroupBytes = 1 << 20, kGroupPart = kRows * kPart;
+// What clip_sum norms and then sums before it goes on, which the second-level cache holds, or kRows rows if those are
+// larger; and elements of a part of it.
+constexpr int64_t kGroupBytes = 1 << 18, kGroupPart = kRows * kPart;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
