@@ -6,10 +6,12 @@ arithmetic, 60 vector instructions per 16 words.
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from fastdp import ops
+from fastdp import _kernels, native, ops
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
@@ -36,6 +38,25 @@ def bench_clip_sum_against_torch(pair, benchmark, threads: int) -> None:
 
     pair(clip_with_torch, lambda g: ops.clip_sum(g, 1.0), fresh, rounds=10)
     benchmark.extra_info["GB_per_s"] = g.numel() * 4 / benchmark.stats.stats.median / 1e9
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def bench_clip_sum_against_one_read(pair, benchmark, threads: int) -> None:
+    """The peer only reads the same memory. Best against best: what else runs on the machine slows both, not alike."""
+    g = torch.randn(256, 200_000)
+    out = torch.empty(200_000)
+    reads: list[float] = []
+
+    def read() -> None:
+        start = time.perf_counter()
+        _kernels.read_memory(g.data_ptr(), g.numel() // 2, threads)
+        reads.append(time.perf_counter() - start)
+
+    pair(read, lambda: native.clip_sum(g, 1.0, out), lambda: (), rounds=50)
+    size = g.numel() * 4 / 1e9
+    benchmark.extra_info["GB_per_s"] = size / benchmark.stats.stats.min
+    benchmark.extra_info["read_GB_per_s"] = size / min(reads)
+    benchmark.extra_info["of_read_bandwidth"] = min(reads) / benchmark.stats.stats.min
 
 
 def bench_poisson_sample_against_bernoulli(pair) -> None:

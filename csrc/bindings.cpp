@@ -95,6 +95,17 @@ void bind_clipping(py::module_& m) {
       },
       Release());
   m.def(
+      "sum_rows",
+      [](Address g, DType dtype, int64_t batch, int64_t n, int64_t stride, Address factors, Address out, bool add,
+         int threads) {
+        with_type(dtype, [&](auto t) {
+          using T = decltype(t);
+          sum_rows(rows<T>(g, batch, n, stride), at<const double>(factors), at<typename SumOf<T>::type>(out), add,
+                   threads);
+        });
+      },
+      Release());
+  m.def(
       "scale_rows",
       [](Address x, DType dtype, int64_t batch, int64_t n, int64_t stride, Address factors, Address out, Address sums,
          int threads) {
@@ -165,6 +176,10 @@ void bind_noise(py::module_& m) {
             return gather(stack, at<const int64_t>(ids), n, at<char>(out), threads);
           },
           Release());
+  m.def(
+      "read_memory",
+      [](Address words, int64_t n, int threads) { return read_memory(at<const uint64_t>(words), n, threads); },
+      Release());
   // For tests: the generator against RFC 8439, and the transform on words of the test's choice.
   m.def("keystream", [](Address key, uint32_t domain, uint64_t step, uint64_t first, int64_t blocks, Address words) {
     kernels().keystream(stream(key, Domain{domain}, static_cast<int64_t>(step)), first, blocks, at<uint32_t>(words));

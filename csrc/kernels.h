@@ -56,6 +56,8 @@ template <class T>
 struct TypedKernels {
   using Sum = typename SumOf<T>::type;
   double (*sum_squares)(const T* x, int64_t n);
+  // out[i] = sum_squares of row i
+  void (*square_rows)(Rows<T> rows, double* out);
   // out[0:n] += sum_i factors[i] * rows[i, 0:n], i in order; rows of factor 0 are not read
   void (*accumulate_rows)(Rows<T> rows, const double* factors, Sum* out);
   // out[i, :] = factors[i] * rows[i, :], and column sums of that into `sums` unless null; rows of factor 0 give 0

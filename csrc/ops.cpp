@@ -1,23 +1,14 @@
 #include "ops.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 
+#include "parts.h"
 #include "threads.h"
 
 namespace fastdp {
-namespace {
-
-// Elements per part of work: 16384 floats take 3 us, several times what waking the team costs.
-constexpr int64_t kPart = 16384;
-
-// Rows that clip_sum norms and then sums before it goes on: they should still be in the last-level cache.
-constexpr int64_t kBlockBytes = 8 << 20;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-}  // namespace
 
 template <class T>
 void sq_norms(Rows<T> g, double* out, int threads) {
@@ -26,20 +17,18 @@ void sq_norms(Rows<T> g, double* out, int threads) {
     const int64_t group = std::max<int64_t>(1, kPart / std::max<int64_t>(1, g.n));
     parallel_parts(threads, ceil_div(g.rows, group), [&](int64_t part) {
       const int64_t end = std::min(g.rows, (part + 1) * group);
-      for (int64_t i = part * group; i < end; ++i) out[i] = k.sum_squares(g.row(i), g.n);
+      k.square_rows({g.row(part * group), end - part * group, g.n, g.stride}, out + part * group);
     });
     return;
   }
   const int64_t pieces = ceil_div(g.n, kPart);
-  std::vector<double> partial(g.rows * pieces);
-  parallel_parts(threads, g.rows * pieces, [&](int64_t part) {
-    const int64_t from = part % pieces * kPart;
-    partial[part] = k.sum_squares(g.row(part / pieces) + from, std::min(kPart, g.n - from));
+  std::vector<double> partial(pieces * g.rows);
+  parallel_parts(threads, ceil_div(g.rows, kRows) * pieces, [&](int64_t part) {
+    const int64_t piece = part % pieces, at = part / pieces * kRows;
+    const Rows<T> rows{g.row(at), std::min(kRows, g.rows - at), g.n, g.stride};
+    k.square_rows(columns(rows, piece * kPart, kPart), &partial[piece * g.rows + at]);
   });
-  for (int64_t i = 0; i < g.rows; ++i) {
-    out[i] = 0.0;
-    for (int64_t piece = 0; piece < pieces; ++piece) out[i] += partial[i * pieces + piece];
-  }
+  for (int64_t i = 0; i < g.rows; ++i) out[i] = sum_pieces(&partial[i], pieces, g.rows);
 }
 
 namespace {
@@ -95,26 +84,6 @@ int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double
     zeros += factors[i] == 0.0;
   }
   return zeros;
-}
-
-template <class T>
-void clip_sum(Rows<T> g, double max_norm, typename SumOf<T>::type* out, int threads) {
-  std::fill(out, out + g.n, 0);
-  const int64_t row_bytes = std::max<int64_t>(1, g.n * sizeof(T));
-  const int64_t block = std::clamp<int64_t>(kBlockBytes / row_bytes, 1, std::max<int64_t>(1, g.rows));
-  std::vector<double> norms(block), factors(block);
-  for (int64_t from = 0; from < g.rows; from += block) {
-    const Rows<T> rows{g.row(from), std::min(block, g.rows - from), g.n, g.stride};
-    sq_norms(rows, norms.data(), threads);
-    clip_factors<T>(norms.data(), rows.rows, 1.0, max_norm, factors.data());
-    // Columns are shared out, not rows, so that each sum is added in the order of the records.
-    const int64_t width = std::clamp<int64_t>(kPart / rows.rows, 1024, kPart);
-    parallel_parts(threads, ceil_div(g.n, width), [&](int64_t part) {
-      const int64_t at = part * width;
-      kernels().typed(T{}).accumulate_rows({rows.data + at, rows.rows, std::min(width, g.n - at), g.stride},
-                                           factors.data(), out + at);
-    });
-  }
 }
 
 template <class T>
@@ -213,6 +182,21 @@ bool gather(const Stack& stack, const int64_t* ids, int64_t n, char* out, int th
   return true;
 }
 
+uint64_t read_memory(const uint64_t* words, int64_t n, int threads) {
+  constexpr int64_t kStream = 1 << 15;  // 256 KiB; four of them are read side by side, as by the kernels
+  std::atomic<uint64_t> all{0};
+  parallel_parts(threads, n / (4 * kStream), [&](int64_t part) {
+    const uint64_t* from = words + part * 4 * kStream;
+    uint64_t bits[8] = {};
+    for (int64_t i = 0; i < kStream; i += 32)
+      for (int stream = 0; stream < 4; ++stream)
+        for (int j = 0; j < 32; j += 8)
+          for (int k = 0; k < 8; ++k) bits[k] |= from[stream * kStream + i + j + k];
+    for (uint64_t b : bits) all.fetch_or(b, std::memory_order_relaxed);
+  });
+  return all.load();
+}
+
 std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream) {
   std::vector<int64_t> ids;
   if (rate <= 0.0) return ids;
@@ -232,7 +216,6 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
   template void sq_norms(Rows<T>, double*, int);                                     \
   template void linear_sq_norms(Rows<T>, Rows<T>, int64_t, bool, double*, int);      \
   template int64_t clip_factors<T>(const double*, int64_t, double, double, double*); \
-  template void clip_sum(Rows<T>, double, SumOf<T>::type*, int);                     \
   template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);        \
   template void gaussian_noise(T*, int64_t, const Stream&, uint64_t, double, int);
 FASTDP_INSTANTIATE(float)

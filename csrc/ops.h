@@ -27,6 +27,10 @@ int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double
 template <class T>
 void clip_sum(Rows<T> g, double max_norm, typename SumOf<T>::type* out, int threads);
 
+// out[D] = sum_i factors[i] g[i], or that added to out; rows of factor 0 are not read
+template <class T>
+void sum_rows(Rows<T> g, const double* factors, typename SumOf<T>::type* out, bool add, int threads);
+
 // out[B, n] = factors[B] * rows [B, n]; sums[n] = column sums of out, unless null
 template <class T>
 void scale_rows(Rows<T> rows, const double* factors, T* out, typename SumOf<T>::type* sums, int threads);
@@ -57,6 +61,9 @@ struct Stack {
 
 // out[n rows] = rows ids[n]. False if one of them is no row of the stack; then nothing is written.
 bool gather(const Stack& stack, const int64_t* ids, int64_t n, char* out, int threads);
+
+// For benchmarks: the words' bitwise or, as fast as they can be read; of whole MiB.
+uint64_t read_memory(const uint64_t* words, int64_t n, int threads);
 
 // ascending ids of a Poisson sample of n records
 std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream);

@@ -81,11 +81,7 @@ def clip_sum(g: Tensor, max_norm: float, out: Tensor) -> None:
     check_rows("g", g)
     check_packed("g", g)
     check_range("max_norm", max_norm)
-    want = sum_dtype(g.dtype)
-    if out.dtype != want or out.shape != g.shape[1:] or not out.is_contiguous() or not out.is_cpu:
-        raise ArgumentError("out", f"{out.dtype}{list(out.shape)}", f"contiguous {want}{list(g.shape[1:])} on cpu")
-    if g.numel() and out.untyped_storage().data_ptr() == g.untyped_storage().data_ptr():
-        raise ArgumentError("out", "in g's memory", "memory of its own")
+    _check_sums(g, out)
     _kernels.clip_sum(
         g.data_ptr(),
         DTYPES[g.dtype],
@@ -99,14 +95,26 @@ def clip_sum(g: Tensor, max_norm: float, out: Tensor) -> None:
 
 
 def sum_rows(g: Tensor, factors: Tensor, out: Tensor, add: bool) -> None:
-    """out [D] = sum_i factors[i] * g[i], or that added to it; g [B, D], rows of factor 0 unread."""
-    scaled = torch.empty(g.shape, dtype=g.dtype)
-    sums = torch.empty_like(out)
-    scale_rows(g, factors, scaled, sums)
-    if add:
-        out += sums
-    else:
-        out.copy_(sums)
+    """out [D] = sum of factors [B] * rows of g [B, D], in order, or that added to out; rows of factor 0 are not read.
+
+    factors: float64, >= 0, such that no product is too great for out's dtype: those of `clip_factors`.
+    """
+    check_rows("g", g)
+    check_packed("g", g)
+    if factors.dtype != torch.float64 or factors.shape != g.shape[:1] or not factors.is_contiguous():
+        raise ArgumentError("factors", f"{factors.dtype}{list(factors.shape)}", f"contiguous float64[{len(g)}]")
+    _check_sums(g, out)
+    _kernels.sum_rows(
+        g.data_ptr(),
+        DTYPES[g.dtype],
+        g.shape[0],
+        g.shape[1],
+        g.stride(0),
+        factors.data_ptr(),
+        out.data_ptr(),
+        add,
+        torch.get_num_threads(),
+    )
 
 
 def scale_rows(x: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None) -> None:
@@ -186,6 +194,14 @@ def check_packed(name: str, x: Tensor) -> None:
         ok = ok and x.stride(0) == x.shape[1] * x.stride(1)
     if not ok:
         raise ArgumentError(f"{name}.stride()", x.stride(), "packed rows (call .contiguous())")
+
+
+def _check_sums(g: Tensor, out: Tensor) -> None:
+    want = sum_dtype(g.dtype)
+    if out.dtype != want or out.shape != g.shape[1:] or not out.is_contiguous() or not out.is_cpu:
+        raise ArgumentError("out", f"{out.dtype}{list(out.shape)}", f"contiguous {want}{list(g.shape[1:])} on cpu")
+    if g.numel() and out.untyped_storage().data_ptr() == g.untyped_storage().data_ptr():
+        raise ArgumentError("out", "in g's memory", "memory of its own")
 
 
 def check_range(name: str, value: float) -> None:

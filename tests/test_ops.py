@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from fastdp import ArgumentError, _kernels, ops, reference
+from fastdp import ArgumentError, _kernels, native, ops, reference
 
 # Largest relative error of a sum or norm against float64: rounding of the inputs is the oracle's too.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float64: 1e-13}
@@ -128,12 +128,71 @@ def test_hostile_rows(dtype: torch.dtype) -> None:
     assert not ops.clip_sum(rows, 0.0).any()
 
 
-def test_thread_count_changes_no_bit(key: torch.Tensor) -> None:
-    g = torch.randn(40, 100_000)
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", [*SHAPES, (9, 70_000)])
+def test_sums_of_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    g = torch.randn(shape, dtype=torch.float64).to(dtype)
+    factors = torch.rand(len(g), dtype=torch.float64)
+    factors[1::3] = 0.0
+    g[1::3] = math.nan
+    want = torch.zeros(shape[1], dtype=torch.float64)
+    for row, factor in zip(g, factors, strict=True):
+        if factor:
+            want += factor * row.double()
+    out = torch.full((shape[1],), math.nan, dtype=native.sum_dtype(dtype))
+    native.sum_rows(g, factors, out, False)
+    assert relative(out, want) < LIMITS[dtype]
+    native.sum_rows(g, factors, out, True)
+    assert relative(out, 2 * want) < LIMITS[dtype]
+
+
+def test_sums_of_rows_whose_factors_are_no_floats() -> None:
+    factors = torch.tensor([1e-60, 1e-45, 0.0, 1e40, 5e-39, 1.0, 1e-40], dtype=torch.float64)
+    values = torch.tensor([1e38, -3e38, math.inf, 1e-30, 7e37, 2.0, 1e-5])
+    out = torch.empty(1)
+    for factor, value in zip(factors, values, strict=True):
+        native.sum_rows(value.view(1, 1), factor.view(1), out, False)
+        exact = float(factor * value.double()) if factor else 0.0
+        want = exact if abs(exact) >= torch.finfo(torch.float32).tiny else 0.0
+        assert out.item() == pytest.approx(want, rel=2e-7, abs=0.0)
+    g = values[:, None].repeat(1, 5000)
+    out = torch.ones(5000)
+    native.sum_rows(g, factors, out, True)
+    assert relative(out, 1.0 + (factors * values.double())[factors > 0].sum().expand(5000)) < 1e-6
+    for factors, out in ((torch.ones(7), torch.empty(5000)), (torch.ones(6).double(), torch.empty(5000))):
+        with pytest.raises(ArgumentError, match="factors="):
+            native.sum_rows(g, factors, out, False)
+    with pytest.raises(ArgumentError, match="out="):
+        native.sum_rows(g, torch.ones(7).double(), torch.empty(4999), False)
+
+
+@pytest.mark.parametrize("n", [1, 7, 40, 513])
+def test_scaled_rows(n: int) -> None:
+    """Factors in float32 and beyond; products that are subnormal become 0, a record with one too great is dropped."""
+    factors = torch.tensor([1.0, 0.3, 0.0, 1e-60, 3.0, 1e-38, 1e40, 1e-7, 1.0, 2.0], dtype=torch.float64)
+    g = torch.randn(10, n, dtype=torch.float64) * torch.tensor([1, 1, 1, 1e32, 1, 1, 1e-30, 1, 1, 1])[:, None]
+    g = g.float()
+    g[2], g[4, -1], g[8, 0], g[9, n // 2] = math.nan, 3e38, math.inf, math.nan
+    want = factors[:, None] * g.double()
+    want[want.abs() < torch.finfo(torch.float32).tiny] = 0.0
+    for row in (2, 4, 8, 9):
+        want[row] = 0.0
+    out, sums = torch.full_like(g, math.nan), torch.full((n,), math.nan)
+    native.scale_rows(g, factors, out, sums)
+    assert ((out.double() - want).abs() <= 1.2e-7 * want.abs()).all()  # twice half an epsilon
+    assert relative(sums, out.double().sum(0)) < 1e-6
+    again = torch.empty_like(out)
+    native.scale_rows(g, factors, again, None)
+    assert torch.equal(again, out)
+
+
+@pytest.mark.parametrize("shape", [(40, 100_000), (300, 3000), (5, 1_000_000)])
+def test_thread_count_changes_no_bit(shape: tuple[int, int], key: torch.Tensor) -> None:
+    g = torch.randn(shape)
     results = []
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             results.append((ops.sq_norms(g), ops.clip_noise(g, 1.0, 1.0, key=key, step=1)))
     finally:
@@ -146,7 +205,7 @@ def test_thread_count_changes_no_bit(key: torch.Tensor) -> None:
 
 def test_instruction_sets_agree_with_the_oracle(at_isa) -> None:
     printed = at_isa(
-        "import torch; from fastdp import ops, reference as r, _kernels\n"
+        "import torch; from fastdp import native, ops, reference as r, _kernels\n"
         "import os; assert _kernels.isa() == os.environ['FASTDP_ISA']\n"
         "torch.manual_seed(0)\n"
         "for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
@@ -155,6 +214,10 @@ def test_instruction_sets_agree_with_the_oracle(at_isa) -> None:
         "    for got, want in ((ops.sq_norms(g), r.sq_norms(g)), (ops.clip_sum(g, 3.0), r.clip_sum(g, 3.0)),\n"
         "                      (ops.linear_sq_norms(a, b), r.linear_sq_norms(a, b))):\n"
         "        assert ((got.double() - want).norm() / want.norm()).item() < 1e-6\n"
+        "    factors, out = torch.rand(13).double(), torch.zeros_like(ops.clip_sum(g, 1.0))\n"
+        "    native.sum_rows(g, factors, out, True)\n"
+        "    want = factors @ g.double()\n"
+        "    assert ((out - want).norm() / want.norm()).item() < 1e-6\n"
         "print('agree')"
     )
     assert printed == "agree\n"
