@@ -77,9 +77,12 @@ class Norms:
             self._slack, self._lost = self._slack + slack, self._lost + lost
             self._peak = torch.maximum(self._peak, peak)
 
-    def factors(self, scale: float, max_grad_norm: float) -> tuple[Tensor, int]:
-        """scale * min(1, C / (scale * norm)) of each record, float64 [B], and how many of them are 0."""
-        factors, zeros = native.clip_factors(self._widened(max_grad_norm), self._dtype, scale, max_grad_norm)
+    def factors(self, scale: float, max_grad_norm: float, gamma: float | None) -> tuple[Tensor, int]:
+        """scale * min(1, C / (scale * norm)) of each record, float64 [B], and how many of them are 0.
+
+        With a gamma, of automatic clipping: scale * C / (scale * norm + gamma).
+        """
+        factors, zeros = native.clip_factors(self._widened(max_grad_norm), self._dtype, scale, max_grad_norm, gamma)
         if self._slack is None:
             return factors, zeros
         # 0 where a product may be too large: the kernel would drop single positions.
@@ -267,8 +270,11 @@ class Rows(PerSample):
         return Rows(first.p, first.start, first.count, first.batch, record, index, b)
 
 
-def of_parameters(parts: Iterable[PerSample]) -> list[PerSample]:
-    """What uses say of each parameter, brought together: no two of the result are about the same rows of one."""
+def of_parameters(parts: Iterable[PerSample], group: Mapping[Tensor, int]) -> list[PerSample]:
+    """What uses say of each parameter, brought together: no two of the result are about the same rows of one.
+
+    group: of each parameter, the one it is clipped with.
+    """
     uses: dict[Tensor, list[PerSample]] = {}
     for part in parts:
         uses.setdefault(part.p, []).append(part)
@@ -276,9 +282,10 @@ def of_parameters(parts: Iterable[PerSample]) -> list[PerSample]:
     lone = {id(part.g): part for part in found if isinstance(part, Formed)}
     paired = set()
     for part in found:
-        if isinstance(part, Product) and part.b.dim() == 2 and id(part.b) in lone:
-            part.bias = lone[id(part.b)]  # norms and column sums in the passes over b that are made anyway
-            paired.add(id(part.bias))
+        bias = lone.get(id(part.b)) if isinstance(part, Product) and part.b.dim() == 2 else None
+        if isinstance(part, Product) and bias is not None and group[part.p] == group[bias.p]:
+            part.bias = bias  # norms and column sums in the passes over b that are made anyway
+            paired.add(id(bias))
             del lone[id(part.b)]
     return [part for part in found if id(part) not in paired]
 

@@ -197,6 +197,7 @@ BAD = {
     "--bogus": ["--bogus", "1"],
     "--epochs": ["--epochs", "many"],
     "--all-reduce": ["--all-reduce", "carrier-pigeon"],
+    "--clipping": ["--clipping", "never"],
     "config='missing.toml': must be a TOML file": ["--config", "missing.toml"],
 }
 
