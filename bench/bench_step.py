@@ -22,12 +22,53 @@ def mlp(*sizes: int) -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
+def transformer() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(128, 4, dim_feedforward=256, dropout=0.0, batch_first=True)
+    return nn.Sequential(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(64 * 128, 10)
+    )
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with GroupNorm, and the input beside them (He et al. 2016, arXiv:1512.03385)."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
+            nn.GroupNorm(8, out),
+            nn.ReLU(),
+            nn.Conv2d(out, out, 3, padding=1, bias=False),
+            nn.GroupNorm(8, out),
+        )
+        self.beside = nn.Identity() if stride == 1 else nn.Conv2d(channels, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.convolutions(x) + self.beside(x))
+
+
+def resnet8() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.GroupNorm(8, 16),
+        nn.ReLU(),
+        Residual(16, 16, 1),
+        Residual(16, 32, 2),
+        Residual(32, 64, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
 # The model, the shape of a record, classes, batch size.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "64-256-256-2": (lambda: mlp(64, 256, 256, 2), (64,), 2, 512),
     "784-1024-1024-10": (lambda: mlp(784, 1024, 1024, 10), (784,), 10, 256),
     "9-50-2": (lambda: mlp(9, 50, 2), (9,), 2, 256),
     "CNN": (mnist.build_model, (1, 28, 28), 10, 240),
+    "ResNet-8": (resnet8, (3, 32, 32), 10, 64),
+    "Transformer": (transformer, (64, 128), 10, 64),
 }
 
 

@@ -29,7 +29,7 @@ struct Level {
 const Kernels& choose() {
 #ifdef FASTDP_X86
   __builtin_cpu_init();
-  const bool avx2_runs = __builtin_cpu_supports("avx2");
+  const bool avx2_runs = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512_runs = avx2_runs && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const Level levels[] = {{&avx512::table, avx512_runs}, {&avx2::table, avx2_runs}, {&scalar::table, true}};

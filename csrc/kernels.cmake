@@ -6,7 +6,7 @@ target_link_libraries(_kernels PRIVATE fastdp_flags ${CMAKE_DL_LIBS})
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
   target_sources(_kernels PRIVATE csrc/isa_avx2.cpp csrc/isa_avx512.cpp)
   target_compile_definitions(_kernels PRIVATE FASTDP_X86)
-  set_source_files_properties(csrc/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2")
+  set_source_files_properties(csrc/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma")
   set_source_files_properties(
     csrc/isa_avx512.cpp PROPERTIES COMPILE_OPTIONS
                                    "-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mprefer-vector-width=512")

@@ -13,6 +13,10 @@ constexpr int64_t kChunk = 160;
 // Records of one sampling block: they are drawn from a stream of their own, so a block can be drawn alone.
 constexpr int64_t kSampleBlock = 4096;
 
+// Doubles that the Gram matrices of `positions` inputs and output gradients, of n elements together, are made from:
+// positions in multiples of the widest vectors'.
+constexpr int64_t gram_scratch(int64_t positions, int64_t n) { return (positions + 15) / 16 * 16 * n; }
+
 // What a step takes for the gradient: (sum + std N) * scale + weight_decay * parameter.
 struct NoisedGradient {
   double std;    // of the noise, in units of the sum
@@ -55,8 +59,8 @@ struct TypedKernels {
   // out[i, :] = factors[i] * rows[i, :], and column sums of that into `sums` unless null; rows of factor 0 give 0
   // unread
   void (*scale_rows)(Rows<T> rows, const double* factors, T* out, Sum* sums);
-  // one record: sum_{t,u} <a_t, a_u> <b_t, b_u>, and |sum_t b_t|^2 if bias; `scratch` holds b.n doubles
-  double (*gram_sq_norm)(Rows<T> a, Rows<T> b, bool bias, double* scratch);
+  // one record: sum_{t,u} <a_t, a_u> <b_t, b_u>; `scratch` holds gram_scratch(a.rows, a.n + b.n) doubles
+  double (*gram_sq_norm)(Rows<T> a, Rows<T> b, double* scratch);
   // x[i] += std * N(first + i)
   void (*add_noise)(T* x, int64_t n, const Stream& stream, uint64_t first, double std);
 };

@@ -42,6 +42,21 @@ void sq_norms(Rows<T> g, double* out, int threads) {
   }
 }
 
+namespace {
+
+// |sum_t b_t|^2
+template <class T>
+double sum_sq_norm(Rows<T> b) {
+  std::vector<double> sums(b.n);
+  for (int64_t t = 0; t < b.rows; ++t)
+    for (int64_t j = 0; j < b.n; ++j) sums[j] += load(b.row(t)[j]);
+  double sq = 0.0;
+  for (const double sum : sums) sq += sum * sum;
+  return sq;
+}
+
+}  // namespace
+
 template <class T>
 void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double* out, int threads) {
   const auto& k = kernels().typed(T{});
@@ -49,15 +64,17 @@ void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double*
   const int64_t work = std::max<int64_t>(1, positions * positions * (a.n + b.n));  // of one record
   const int64_t group = std::max<int64_t>(1, kPart / work);
   parallel_parts(threads, ceil_div(batch, group), [&](int64_t part) {
-    std::vector<double> scratch(positions > 1 && bias ? b.n : 0);
+    thread_local std::vector<double> scratch;  // from call to call: new memory costs more than a short sequence
+    if (positions > 1) scratch.resize(gram_scratch(positions, a.n + b.n));
     const int64_t end = std::min(batch, (part + 1) * group);
     for (int64_t i = part * group; i < end; ++i) {
       const int64_t t = i * positions;
-      if (positions == 1)  // |b a^T|^2 + |b|^2 = |b|^2 (|a|^2 + 1)
+      if (positions == 1) {  // |b a^T|^2 + |b|^2 = |b|^2 (|a|^2 + 1)
         out[i] += k.sum_squares(b.row(t), b.n) * (k.sum_squares(a.row(t), a.n) + (bias ? 1.0 : 0.0));
-      else
-        out[i] += k.gram_sq_norm({a.row(t), positions, a.n, a.stride}, {b.row(t), positions, b.n, b.stride}, bias,
-                                 scratch.data());
+        continue;
+      }
+      const Rows<T> of_a{a.row(t), positions, a.n, a.stride}, of_b{b.row(t), positions, b.n, b.stride};
+      out[i] += k.gram_sq_norm(of_a, of_b, scratch.data()) + (bias ? sum_sq_norm(of_b) : 0.0);
     }
   });
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,7 @@ class GradientSum:
     def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float, add: bool) -> None:
         """Overwrite the buffer with the clipped sum over this rank's records, or add it to what is there.
 
+        uses: of the batch; they are used up, so that what one keeps is let go as soon as gradients are formed of it.
         rows: records in the batch as the model saw it; real_rows: 0 if it was the stand-in of an empty batch.
         scale: what the loss divided each record's gradient by (the row count for a mean).
         """
@@ -80,7 +81,7 @@ class GradientSum:
         for use in uses:
             use.check_unchanged()
         group = self._group
-        parts = of_parameters((part for use in uses for part in use.parts(self.views, rows, self.dtype)), group)
+        parts = of_parameters(self._parts(uses, rows))
         norms = [Norms(rows, self.dtype) for _ in self._bounds]
         for part in parts:
             part.add_sq_norms(norms[group[part.p]])
@@ -107,11 +108,24 @@ class GradientSum:
         zeros = int(dropped.sum())
         return [(factors.masked_fill_(dropped, 0.0), zeros) for factors, _ in found]
 
+    def _parts(self, uses: list[Use], rows: int) -> Iterator[PerSample]:
+        while uses:
+            use = uses.pop(0)
+            parts = use.parts(self.views, rows, self.dtype)
+            yield from parts if len(self._bounds) == 1 else self._of_one_group(parts)
+            use.release()
+
+    def _of_one_group(self, parts: Iterable[PerSample]) -> Iterator[PerSample]:
+        """Each of one group: a weight and a bias that other layers share may be of two."""
+        for part in parts:
+            blocks = part.blocks()
+            yield from [part] if len({self._group[block.p] for block in blocks}) == 1 else blocks
+
     def _zero_unused(self, parts: list[PerSample]) -> None:
         filled = dict.fromkeys(self.views, 0)
         for part in parts:
-            for each in part.filled():
-                filled[each.p] += each.count
+            for block in part.blocks():
+                filled[block.p] += block.count
         for p, view in self.views.items():
             if filled[p] < rows_in(p):
                 view.zero_()

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fastdp import accounting, layers, ledger
+from fastdp import accounting, layers, ledger, watch
 from fastdp.clipping import GradientSum, Span, spans_of
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, PrivacyError, require
@@ -258,7 +258,7 @@ class PrivacyEngine:
         self._open_ledger(plan, target, comm)
         recorder = layers.Recorder()
         try:
-            layers.attach(module, recorder)
+            watch.attach(module, recorder)
         except ArgumentError:
             self.close()
             raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fastdp.errors import ArgumentError, PrivacyError
+from fastdp.errors import PrivacyError
 from fastdp.formulas import FORMULAS
-from fastdp.gradients import Formed, PerSample, Product, Rows
+from fastdp.gradients import Block, Formed, PerSample, Product, Rows, whole
 from fastdp.persample import Call, Unit, Use
-from fastdp.rules import Slot, has_formula, is_embedding, is_linear, owners
+from fastdp.rules import Slot, is_embedding, is_linear
 
 # What a module may return beside tensors.
 PLAIN = (str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device)
@@ -35,7 +35,7 @@ class LayerUse(Use):
 
     module: nn.Module
     a: Tensor
-    b: Tensor
+    b: Tensor = dataclasses.field(init=False)
 
     def inputs(self, rows: int) -> list[Tensor]:
         return [self.a]
@@ -63,23 +63,25 @@ class LinearUse(LayerUse):
 
     def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         self.check(rows, dtype, 2)
-        return products(self.module._parameters, self.a, self.b, managed)
+        weight, bias = (self.module._parameters[key] for key in ("weight", "bias"))
+        return products(whole(weight), whole(bias), self.a, self.b, managed)
 
 
 def products(
-    parameters: Mapping[str, Tensor | None], a: Tensor, b: Tensor, managed: Container[Tensor]
+    weight: Block | None, bias: Block | None, a: Tensor, b: Tensor, managed: Container[Tensor]
 ) -> list[PerSample]:
-    """What b = weight a + bias says of `parameters["weight"]` and "bias"; a [B, ..., I], b [B, ..., O]."""
-    weight, bias = parameters["weight"], parameters["bias"]
+    """What b = weight a + bias says of the rows of weight and bias; a [B, ..., I], b [B, ..., O]."""
     a, b = (x.contiguous() if x.dim() == 2 else x.reshape(len(x), -1, x.shape[-1]) for x in (a, b))
     if a.dim() == 3 and a.shape[1] == 1:
         a, b = a.squeeze(1), b.squeeze(1)
-    parts: list[PerSample] = []
-    if weight is not None and weight in managed:
-        parts.append(Product(weight, 0, len(weight), a, b))
-    if bias is not None and bias in managed:
-        parts.append(Formed(bias, 0, len(bias), b if b.dim() == 2 else b.sum(1)))
-    return parts
+    of_bias = None
+    if bias is not None and bias[0] in managed:
+        of_bias = Formed(*bias, b if b.dim() == 2 else b.sum(1))
+    if weight is None or weight[0] not in managed:
+        return [] if of_bias is None else [of_bias]
+    if of_bias is None or b.dim() == 2:
+        return [Product(*weight, a, b, of_bias)]
+    return [Product(*weight, a, b), of_bias]
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,7 +139,8 @@ class Recorder:
         self.uses.clear()
         self.backward = None
 
-    def keep(self, use: Use) -> None:
+    def keep(self, use: Use, b: Any) -> None:
+        """Note that the backward has brought b, the gradients of the use's outputs."""
         current = torch._C._current_graph_task_id()
         if self.backward is not None and self.backward != current:
             raise PrivacyError(
@@ -160,6 +163,7 @@ class Recorder:
         if use.batch != self.batch:
             raise PrivacyError(f"{use.layer}: backward() through a forward of an earlier batch")
         use.check_unchanged()
+        use.b = b
         self.uses.append(use)
 
     @contextmanager
@@ -223,6 +227,19 @@ class Hooks:
         attached: Tensor = _Attach.apply(y, self._anchor)  # type: ignore[no-untyped-call]
         return attached
 
+    @staticmethod
+    def on_gradient(y: Tensor, keep: Callable[[Tensor], None]) -> None:
+        """Call keep(b) when the backward brings y's gradient, what the user's own hooks make of it."""
+
+        def before(gradients: tuple[Tensor | None, ...]) -> None:
+            b = gradients[y_number]
+            if b is not None:
+                keep(b)
+
+        y_number = y.output_nr
+        assert y.grad_fn is not None
+        y.grad_fn.register_prehook(before)  # a third of the time of y.register_hook
+
     def __deepcopy__(self, memo: Any) -> Hooks:
         return self  # the copied module is another one, for which these hooks do nothing
 
@@ -241,8 +258,8 @@ class LayerHooks(Hooks):
         y = self.attached(output)
         recorder, m = self.recorder, self.module
         kind: type[LayerUse] = LinearUse if is_linear(m) else EmbeddingUse if is_embedding(m) else FormulaUse
-        use = functools.partial(kind, self.name, recorder.place, [(a, a._version)], m, a)
-        y.register_hook(lambda b: recorder.keep(use(b)))
+        use = kind(self.name, recorder.place, [(a, a._version)], m, a)
+        self.on_gradient(y, functools.partial(recorder.keep, use))
         return y
 
 
@@ -277,8 +294,8 @@ class ModuleHooks(Hooks):
         recorder = self.recorder
         versions = [(x, x._version) for x in (*inputs, *self.managed)]
         values = [y.detach().clone() for y in watched]  # a user's in-place function may follow
-        call = functools.partial(Call, self.name, recorder.place, versions, self.unit, (args, kwargs), values)
-        torch.autograd.graph.register_multi_grad_hook(watched, lambda b: recorder.keep(call(list(b))))
+        call = Call(self.name, recorder.place, versions, self.unit, (args, kwargs), values)
+        torch.autograd.graph.register_multi_grad_hook(watched, lambda b: recorder.keep(call, list(b)))
         return tree_unflatten(leaves, spec)
 
 
@@ -288,14 +305,3 @@ class Inert:
     def before(self, *args: Any) -> None: ...
 
     def after(self, *args: Any) -> None: ...
-
-
-def attach(module: nn.Module, recorder: Recorder) -> None:
-    """Hook every module that has parameters to be trained; ArgumentError if an engine did so before."""
-    for m in module.modules():
-        hooked = (getattr(hook, "__self__", None) for hook in m._forward_hooks.values())
-        if any(isinstance(h, Hooks) and h.module is m for h in hooked):
-            raise ArgumentError("module", "one that is private already", "new, or a copy.deepcopy: one run, one engine")
-    for name, m, slots in owners(module):
-        hooks = LayerHooks if is_linear(m) or is_embedding(m) or has_formula(m) else ModuleHooks
-        hooks(f"layer '{name}'" if name else "module", m, slots, recorder)

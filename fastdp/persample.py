@@ -33,11 +33,12 @@ CHECKED_CALLS = 3  # of each module, in full: a batch more of its forward and ba
 
 @dataclasses.dataclass(eq=False)
 class Use:
-    """One call of a layer in a forward whose backward has come by."""
+    """One call of a layer in a forward, and b, when the backward has come by."""
 
     layer: str
     batch: int | None
     versions: list[tuple[Tensor, int]]
+    b: Any = dataclasses.field(init=False)
 
     def check_unchanged(self) -> None:
         if any(x._version != version for x, version in self.versions):
@@ -49,6 +50,12 @@ class Use:
         rows: records in the batch; dtype: of the parameters.
         """
         raise NotImplementedError
+
+    def release(self) -> None:
+        """Let all tensors go: the graph, which the user's loss may keep alive, has this use in its hooks."""
+        vars(self).update(versions=[])
+        for name in vars(self).keys() - {"layer", "batch", "versions"}:
+            delattr(self, name)
 
     def inputs(self, rows: int) -> list[Tensor]:
         """The input tensors; records first in those that have one in each row."""
@@ -66,7 +73,7 @@ class Call(Use):
     unit: Unit
     arguments: tuple[Any, Any]
     outputs: list[Tensor]
-    b: list[Tensor | None]
+    b: list[Tensor | None] = dataclasses.field(init=False)
 
     def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         return [Formed(p, 0, rows_in(p), g) for p, g in self.unit.formed(self, rows).items() if p in managed]

@@ -46,6 +46,8 @@ def validate(module: nn.Module) -> list[Rule]:
             how = "run again record by record"
             if is_linear(m):
                 how = "norms from inputs and output gradients"
+            elif is_attention(m):
+                how = "norms from inputs and output gradients of its projections"
             elif is_embedding(m):
                 how = "the rows that a record uses, from inputs and output gradients"
             elif has_formula(m):
@@ -94,7 +96,7 @@ def refusal(m: nn.Module) -> str:
         return "without track_running_stats: they are computed from the records"
     if isinstance(m, nn.RNNBase) and m.dropout > 0 and m.num_layers > 1:
         return "without dropout inside: use single layers with nn.Dropout between them"
-    if isinstance(m, nn.MultiheadAttention) and m.dropout > 0:
+    if isinstance(m, nn.MultiheadAttention) and m.dropout > 0 and not is_attention(m):
         return (
             "without dropout of attention weights, which cannot be drawn again record by record: set its .dropout = 0.0"
         )
@@ -107,6 +109,19 @@ def is_linear(m: nn.Module) -> bool:
 
 def is_embedding(m: nn.Module) -> bool:
     return type(m) is nn.Embedding and m._parameters.keys() == {"weight"} and "forward" not in vars(m)
+
+
+def is_attention(m: nn.Module) -> bool:
+    """Whether its projections are all that has parameters, so that fastdp/attention.py knows its rule."""
+    keys = {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v"}
+    return (
+        type(m) is nn.MultiheadAttention
+        and m._parameters.keys() <= keys
+        and m.bias_k is None
+        and m.bias_v is None
+        and isinstance(m.out_proj, nn.Linear)
+        and "forward" not in vars(m)
+    )
 
 
 def has_formula(m: nn.Module) -> bool:

@@ -143,7 +143,8 @@ def test_an_input_without_a_dimension_of_records_is_refused(name: str) -> None:
     make, shape = LAYERS[name]
     layer = make()
     a = torch.randn(shape if name.startswith("Conv") else shape[-1:])
-    use = FormulaUse("layer 'x'", 0, [], layer, a, a)
+    use = FormulaUse("layer 'x'", 0, [], layer, a)
+    use.b = a
     with pytest.raises(PrivacyError, match="layer 'x': the first dimension of its input is not the batch's records"):
         use.parts(set(layer.parameters()), len(a), torch.float32)
 

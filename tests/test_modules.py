@@ -310,7 +310,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "Embedding by frequency": (lambda: Block(nn.Embedding(7, 3, scale_grad_by_freq=True), ids(2)), "Embedding.*freq"),
     "LSTM dropout": (lambda: Block(nn.LSTM(2, 2, 2, dropout=0.5), time_first, lambda y: y[0]), "LSTM.*dropout"),
     "attention dropout": (
-        lambda: Block(nn.MultiheadAttention(2, 1, dropout=0.5), lambda x: (time_first(x),) * 3, lambda y: y[0]),
+        lambda: Block(
+            nn.MultiheadAttention(2, 1, dropout=0.5, add_bias_kv=True), lambda x: (time_first(x),) * 3, lambda y: y[0]
+        ),
         "MultiheadAttention.*dropout",
     ),
     "spectral_norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)), "parametrizations"),

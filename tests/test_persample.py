@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import nullcontext
 
 import pytest
@@ -14,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from fastdp import PrivacyError, persample
 from fastdp.clipping import GradientSum, Span
+from fastdp.gradients import Formed, Product, of_parameters
 from fastdp.layers import LinearUse
 from fastdp.persample import Call, Unit
 
@@ -34,7 +34,8 @@ def test_a_shared_mask_of_the_batch_size_stays_shared() -> None:
     mask = torch.triu(torch.ones(5, 5))
     for rows in (3, 5, 4):
         x, b = torch.randn(rows, 5), torch.randn(rows, 5)
-        call = Call("layer", 0, [], unit, ((x, mask), {}), [module(x, mask).detach()], [b])
+        call = Call("layer", 0, [], unit, ((x, mask), {}), [module(x, mask).detach()])
+        call.b = [b]
         want = torch.einsum("bi,bo->bio", x, b) * mask
         assert torch.allclose(unit.formed(call, rows)[module.weight], want.flatten(1), atol=1e-5)
 
@@ -62,18 +63,21 @@ CANCELLING = {
 }
 
 
+@pytest.mark.parametrize("size", [1, 64])  # gradients formed; norms from Gram matrices
 @pytest.mark.parametrize("name", CANCELLING)
-def test_positions_that_cancel_stay_within_the_bound(name: str) -> None:
+def test_positions_that_cancel_stay_within_the_bound(name: str, size: int) -> None:
     """P6: sums over positions whose terms are rounded, vanish or overflow one by one."""
     a, b, scale, c = CANCELLING[name]
-    layer = nn.Linear(1, 1)
-    spans = [Span(key, p, 16 * i, p.shape) for i, (key, p) in enumerate(layer.named_parameters())]
+    layer = nn.Linear(size, size)
+    spans = [Span(key, p, size * size * 16 * i, p.shape) for i, (key, p) in enumerate(layer.named_parameters())]
     total = GradientSum(spans[: 1 + (name == "bias")], c)
-    use = LinearUse("layer", 0, [], layer, torch.tensor([a]), torch.tensor([b]))
-    for _ in range(2):
+    for order in (1, -1):
+        use = LinearUse("layer", 0, [], layer, F.pad(torch.tensor([a[::order]]), (0, size - 1)))
+        use.b = F.pad(torch.tensor([b[::order]]), (0, size - 1))
+        (part,) = (p for p in of_parameters(use.parts({layer.weight}, 1, torch.float32)))
+        assert isinstance(part, Formed if size == 1 else Product)
         total.fill([use], 1, 1, scale, False)
         assert total.flat.double().norm() <= c
-        use = dataclasses.replace(use, a=use.a.flip(1), b=use.b.flip(1))
 
 
 @pytest.mark.parametrize(

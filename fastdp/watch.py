@@ -1,0 +1,26 @@
+"""Hooks every layer of a module, by the rule that fits it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastdp import rules
+from fastdp.attention import AttentionHooks
+from fastdp.errors import ArgumentError
+from fastdp.layers import Hooks, LayerHooks, ModuleHooks, Recorder
+
+
+def attach(module: nn.Module, recorder: Recorder) -> None:
+    """Hook every module that has parameters to be trained; ArgumentError if an engine did so before."""
+    for m in module.modules():
+        hooked = (getattr(hook, "__self__", None) for hook in m._forward_hooks.values())
+        if any(isinstance(h, Hooks) and h.module is m for h in hooked):
+            raise ArgumentError("module", "one that is private already", "new, or a copy.deepcopy: one run, one engine")
+    for name, m, slots in rules.owners(module):
+        _kind(m)(f"layer '{name}'" if name else "module", m, slots, recorder)
+
+
+def _kind(m: nn.Module) -> type[Hooks]:
+    if rules.is_linear(m) or rules.is_embedding(m) or rules.has_formula(m):
+        return LayerHooks
+    return AttentionHooks if rules.is_attention(m) else ModuleHooks

@@ -1,0 +1,178 @@
+"""nn.MultiheadAttention: the products that its projections are seen as, against autograd on each record alone."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loops import private
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import fastdp
+from fastdp import watch
+from fastdp.attention import ProjectionUse
+from fastdp.errors import PrivacyError
+from fastdp.gradients import of_parameters
+from fastdp.layers import Recorder
+
+LINEAR = F.linear
+B = 4
+
+
+class Attends(nn.Module):
+    """Attention of sequences x [B, T, E] to what `how` names; in either layout, once or twice."""
+
+    def __init__(self, how: str, call: dict[str, Any], **options: Any) -> None:
+        super().__init__()
+        self.how, self.call = how, call
+        self.attention = nn.MultiheadAttention(**options)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        if not self.attention.batch_first:
+            x, y, z = (t.transpose(0, 1) for t in (x, y, z))
+        inputs = {"itself": [(x, x, x)], "another": [(x, y, y)], "two others": [(x, y, z)]}
+        inputs["twice"] = [*inputs["itself"], *inputs["another"]]
+        outputs = [self.attention(*of, **self.call)[0] for of in inputs[self.how]]
+        out = torch.stack(outputs).sum(0)
+        return out if self.attention.batch_first else out.transpose(0, 1)
+
+
+@st.composite
+def attending(draw: st.DrawFn) -> tuple[Attends, tuple[Tensor, Tensor, Tensor]]:
+    how = draw(st.sampled_from(["itself", "another", "two others", "twice"]))
+    heads = draw(st.integers(1, 3))
+    width, length, other = heads * draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    options: dict[str, Any] = {"embed_dim": width, "num_heads": heads}
+    options["bias"], options["batch_first"] = draw(st.booleans()), draw(st.booleans())
+    options["add_zero_attn"] = draw(st.booleans())
+    sizes = [width, width, width]
+    if how == "two others" and draw(st.booleans()):
+        sizes[1:] = options["kdim"], options["vdim"] = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    call: dict[str, Any] = {"need_weights": draw(st.booleans())}
+    if how == "itself" and draw(st.booleans()):
+        call["attn_mask"] = torch.ones(length, length, dtype=torch.bool).triu(1)
+    x, y, z = (torch.randn(B, t, n, dtype=torch.float64) for t, n in zip((length, other, other), sizes, strict=True))
+    module = Attends(how, call, **options).double()
+    for p in module.parameters():
+        nn.init.normal_(p)
+        p.requires_grad_(draw(st.sampled_from([True, True, True, False])))
+    return module, (x, y, z)
+
+
+def seen(module: nn.Module, inputs: tuple[Tensor, ...], b: Tensor) -> dict[Tensor, Tensor]:
+    """Per-sample gradients [B, *shape] of the trained parameters, as the hooks see them."""
+    recorder = Recorder()
+    watch.attach(module, recorder)
+    recorder.depth = 1
+    y = module(*inputs)
+    if y.requires_grad:
+        y.backward(b)
+    assert all(isinstance(use, ProjectionUse) for use in recorder.uses)
+    managed = {p: None for p in module.parameters() if p.requires_grad}
+    found = {p: torch.zeros(B, *p.shape, dtype=p.dtype) for p in managed}
+    for part in of_parameters(p for use in recorder.uses for p in use.parts(managed, B, torch.float64)):
+        found[part.p] += part.expanded().g.view_as(found[part.p])
+        bias = getattr(part, "bias", None)
+        if bias is not None:
+            found[bias.p] += bias.expanded().g.view_as(found[bias.p])
+    assert all(p.grad is None for p in module.parameters())
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(attending())
+def test_any_options(made: tuple[Attends, tuple[Tensor, Tensor, Tensor]]) -> None:
+    module, inputs = made
+    alone = copy.deepcopy(module)
+    b = torch.randn(inputs[0].shape, dtype=torch.float64)
+    found = seen(module, inputs, b)
+    assert F.linear is LINEAR
+    pairs = [(p, q) for p, q in zip(module.parameters(), alone.parameters(), strict=True) if p.requires_grad]
+    for i in range(B):
+        y = alone(*(x[i : i + 1] for x in inputs))
+        grads = torch.autograd.grad(y, [q for _, q in pairs], b[i : i + 1], allow_unused=True) if pairs else []
+        for (p, _), g in zip(pairs, grads, strict=True):
+            torch.testing.assert_close(found[p][i], torch.zeros_like(p) if g is None else g, rtol=1e-10, atol=1e-10)
+
+
+def encoder(dropout: float = 0.0) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, dropout=dropout, batch_first=True)
+    return nn.Sequential(nn.Unflatten(1, (5, 8)), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+
+
+def steps(model: nn.Module, n: int = 2) -> list[Tensor]:
+    records = TensorDataset(torch.randn(24, 40), torch.randn(24, 40))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, model, optimizer, loader = private(model, optimizer, records)
+    for _, (x, y) in zip(range(n), loader, strict=False):
+        optimizer.zero_grad()
+        F.mse_loss(model(x).flatten(1), y).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_dropout_of_attention_weights_is_trained_with() -> None:
+    model = encoder(0.3)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert all(not torch.equal(p, q) for p, q in zip(before, steps(model), strict=True))
+
+
+def test_validate_names_the_rule() -> None:
+    rules = {rule.type: rule.how for rule in fastdp.validate(encoder())}
+    assert rules["MultiheadAttention"] == "norms from inputs and output gradients of its projections"
+
+
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}])
+def test_what_it_has_no_rule_for_is_run_again(options: dict[str, Any]) -> None:
+    rules = fastdp.validate(nn.MultiheadAttention(4, 2, **options))
+    assert rules[0].how == "run again record by record"
+
+
+def test_linear_is_torchs_again_after_an_exception() -> None:
+    module = nn.MultiheadAttention(4, 2, batch_first=True)
+    recorder = Recorder()
+    watch.attach(module, recorder)
+    with pytest.raises(Exception, match="mask"):
+        module(*[torch.randn(2, 3, 4)] * 3, attn_mask=torch.ones(7, 7))
+    assert F.linear is LINEAR
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_a_call_without_records_is_refused() -> None:
+    module = nn.MultiheadAttention(4, 2)
+    recorder = Recorder()
+    watch.attach(module, recorder)
+    recorder.depth = 1
+    module(*[torch.randn(3, 4)] * 3)[0].sum().backward()
+    with pytest.raises(PrivacyError, match="the first dimension of its input is not the batch's records"):
+        recorder.uses[0].parts(set(module.parameters()), B, torch.float32)
+
+
+def test_another_thread_sees_torchs_linear() -> None:
+    module, other = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+    recorder = Recorder()
+    watch.attach(module, recorder)
+    recorder.depth = 1
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def beside(x: Tensor) -> None:
+        # With attention's own weight: on the attending thread this would be taken for a projection.
+        y = F.linear(x, module.in_proj_weight)
+        seen.append((y, F.linear(x, other.weight)))
+
+    def during(*_: Any) -> None:
+        thread = threading.Thread(target=beside, args=(torch.randn(3, B, 4),))
+        thread.start()
+        thread.join()
+
+    module.register_forward_pre_hook(during)  # after fastdp's: the call has begun
+    x = torch.randn(B, 3, 4)
+    module(x, x, x)[0].sum().backward()
+    assert len(seen) == 1 and len(recorder.uses) == 2
