@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -79,9 +80,10 @@ void bind_clipping(py::module_& m) {
       Release());
   m.def(
       "clip_factors",
-      [](Address sq, DType dtype, int64_t batch, double scale, double max_norm, Address out) {
+      [](Address sq, DType dtype, int64_t batch, double scale, double max_norm, Address out,
+         std::optional<double> gamma) {
         return with_type(dtype, [&](auto t) {
-          return clip_factors<decltype(t)>(at<const double>(sq), batch, scale, max_norm, at<double>(out));
+          return clip_factors<decltype(t)>(at<const double>(sq), batch, scale, max_norm, at<double>(out), gamma);
         });
       },
       Release());

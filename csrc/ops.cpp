@@ -69,7 +69,8 @@ void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double*
 }
 
 template <class T>
-int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double max_norm, double* factors) {
+int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double max_norm, double* factors,
+                     std::optional<double> gamma) {
   // The factor and its product with an element are rounded once each, a matrix product rounds once more: 4 epsilon
   // covers them and the error of the sum of squares.
   using F = typename SumOf<T>::type;
@@ -79,8 +80,10 @@ int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double
     const double norm = scale * std::sqrt(sq_norms[i]);
     if (!std::isfinite(norm))
       factors[i] = 0.0;
+    else if (!gamma && norm * (1.0 + 4.0 * epsilon) <= max_norm)
+      factors[i] = scale;
     else
-      factors[i] = scale * (norm * (1.0 + 4.0 * epsilon) <= max_norm ? 1.0 : max_norm / norm * (1.0 - 4.0 * epsilon));
+      factors[i] = scale * (max_norm / (norm + gamma.value_or(0.0)) * (1.0 - 4.0 * epsilon));
     zeros += factors[i] == 0.0;
   }
   return zeros;
@@ -212,11 +215,11 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
   return ids;
 }
 
-#define FASTDP_INSTANTIATE(T)                                                        \
-  template void sq_norms(Rows<T>, double*, int);                                     \
-  template void linear_sq_norms(Rows<T>, Rows<T>, int64_t, bool, double*, int);      \
-  template int64_t clip_factors<T>(const double*, int64_t, double, double, double*); \
-  template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);        \
+#define FASTDP_INSTANTIATE(T)                                                                               \
+  template void sq_norms(Rows<T>, double*, int);                                                            \
+  template void linear_sq_norms(Rows<T>, Rows<T>, int64_t, bool, double*, int);                             \
+  template int64_t clip_factors<T>(const double*, int64_t, double, double, double*, std::optional<double>); \
+  template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);                               \
   template void gaussian_noise(T*, int64_t, const Stream&, uint64_t, double, int);
 FASTDP_INSTANTIATE(float)
 FASTDP_INSTANTIATE(bf16)

@@ -2,6 +2,7 @@
 // Results do not depend on `threads`: work is cut at fixed places and partial sums are added in a fixed order.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
@@ -17,11 +18,12 @@ void sq_norms(Rows<T> g, double* out, int threads);
 template <class T>
 void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double* out, int threads);
 
-// factors[B] = scale * min(1, max_norm / norm), norm = scale * sqrt(sq_norms), rounded so that the record's
-// contribution, its products and factor rounded to T, has a norm <= max_norm; 0 where the norm is not finite. Returns
-// how many are 0.
+// factors[B] = scale * min(1, max_norm / norm), norm = scale * sqrt(sq_norms), or scale * max_norm / (norm + gamma) if
+// there is a gamma > 0; rounded so that the record's contribution, its products and factor rounded to T, has a norm <=
+// max_norm; 0 where the norm is not finite. Returns how many are 0.
 template <class T>
-int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double max_norm, double* factors);
+int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double max_norm, double* factors,
+                     std::optional<double> gamma = {});
 
 // out[D] = sum_i factor_i g_i
 template <class T>

@@ -1,12 +1,14 @@
 """The sum of clipped per-sample gradients, from what the layers kept, straight into one flat buffer.
 
-The norm over all parameters first, then the sum: fastdp/gradients.py has both for each kind of layer.
+The norm over all parameters of a group first, then the sum: fastdp/gradients.py has both for each kind of layer. There
+is one group, or one for each layer where clipping is per layer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ class Span:
     param: nn.Parameter
     offset: int
     shape: torch.Size  # at make_private
+    layer: str = ""  # name of the first module that owns it
 
     @property
     def numel(self) -> int:
@@ -36,9 +39,21 @@ class Span:
 
 
 class GradientSum:
-    """The sum of clipped per-sample gradients of all managed parameters in one flat buffer."""
+    """The sum of clipped per-sample gradients of all managed parameters in one flat buffer.
 
-    def __init__(self, spans: list[Span], max_grad_norm: float) -> None:
+    Guarantee: a record adds a vector of norm <= max_grad_norm to it, rounding included, whatever its gradient is.
+    layer_bounds: name and bound of each layer that is clipped by itself, of which max_grad_norm is the root of the sum
+    of squares; none: all layers are clipped together. gamma: automatic clipping's; None: clipping leaves gradients
+    within the bound as they are.
+    """
+
+    def __init__(
+        self,
+        spans: list[Span],
+        max_grad_norm: float,
+        layer_bounds: Sequence[tuple[str, float]] = (),
+        gamma: float | None = None,
+    ) -> None:
         self.spans = spans
         self.dtype = spans[0].param.dtype
         # One element more than the gradients: what travels with them over the ranks (`note`), without noise.
@@ -48,7 +63,10 @@ class GradientSum:
             s.param: self.flat[s.offset : s.offset + s.numel].view(s.param.shape) for s in spans
         }
         self.whole = True  # not in the middle of being filled
-        self._max_grad_norm = max_grad_norm
+        self._bounds = [bound for _, bound in layer_bounds] or [max_grad_norm]
+        number = {name: i for i, (name, _) in enumerate(layer_bounds)}
+        self._group: dict[Tensor, int] = {s.param: number[s.layer] if number else 0 for s in spans}
+        self._gamma = gamma
         self._scratch = Scratch(self.dtype)
 
     def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float, add: bool) -> None:
@@ -61,20 +79,44 @@ class GradientSum:
             raise PrivacyError("a piece of this batch failed while it was added: the batch cannot be continued")
         for use in uses:
             use.check_unchanged()
-        parts = of_parameters(part for use in uses for part in use.parts(self.views, rows, self.dtype))
-        norms = Norms(rows, self.dtype)
+        group = self._group
+        parts = of_parameters(self._parts(uses, rows))
+        norms = [Norms(rows, self.dtype) for _ in self._bounds]
         for part in parts:
-            part.add_sq_norms(norms)
-        factors, zeros = norms.factors(scale, self._max_grad_norm)
-        if real_rows == 0:
-            factors.zero_()
-            zeros = rows
+            part.add_sq_norms(norms[group[part.p]])
+        factors = self._factors(norms, scale, real_rows)
         self.whole = False
         if not add:
             self._zero_unused(parts)
         for part in parts:
-            part.add_to(self.views, factors, zeros, self._scratch, add)
+            part.add_to(self.views, *factors[group[part.p]], self._scratch, add)
         self.whole = True
+
+    def _factors(self, norms: list[Norms], scale: float, real_rows: int) -> list[tuple[Tensor, int]]:
+        """Of each group, the records' factors, float64 [B], and how many of them are 0.
+
+        A record that one group drops is dropped by all: where a layer's gradient is no number, the others' tell nothing
+        either. (Bounds of layers are not 0, unless all are: no other record has the factor 0.)
+        """
+        found = [of.factors(scale, bound, self._gamma) for of, bound in zip(norms, self._bounds, strict=True)]
+        if real_rows == 0:
+            return [(factors.zero_(), len(factors)) for factors, _ in found]
+        if len(found) == 1 or not any(zeros for _, zeros in found):
+            return found
+        dropped = torch.stack([factors == 0.0 for factors, _ in found]).any(0)
+        zeros = int(dropped.sum())
+        return [(factors.masked_fill_(dropped, 0.0), zeros) for factors, _ in found]
+
+    def _parts(self, uses: list[Use], rows: int) -> Iterator[PerSample]:
+        for use in uses:
+            parts = use.parts(self.views, rows, self.dtype)
+            yield from parts if len(self._bounds) == 1 else self._of_one_group(parts)
+
+    def _of_one_group(self, parts: Iterable[PerSample]) -> Iterator[PerSample]:
+        """Each of one group: a weight and a bias that other layers share may be of two."""
+        for part in parts:
+            blocks = part.blocks()
+            yield from [part] if len({self._group[block.p] for block in blocks}) == 1 else blocks
 
     def _zero_unused(self, parts: list[PerSample]) -> None:
         filled = dict.fromkeys(self.views, 0)
@@ -94,6 +136,10 @@ def spans_of(module: nn.Module, optimizer: Optimizer) -> list[Span]:
         raise ArgumentError("optimizer", "LBFGS", "one that does not evaluate a batch more than once")
     rules.check(module)
     stepped = {p for group in optimizer.param_groups for p in group["params"]}
+    layer: dict[Tensor, str] = {}
+    for name, _, slots in rules.owners(module):
+        for _, _, p in slots:
+            layer.setdefault(p, name)
     spans, offset = [], 0
     for name, p in module.named_parameters():
         if not p.requires_grad:
@@ -101,7 +147,7 @@ def spans_of(module: nn.Module, optimizer: Optimizer) -> list[Span]:
         require(p in stepped, f"optimizer: parameter {name}", "absent", "in the optimizer, or not require a gradient")
         require(p.is_contiguous(), f"{name}.stride()", p.stride(), "contiguous")
         stepped.discard(p)
-        spans.append(Span(name, p, offset, p.shape))
+        spans.append(Span(name, p, offset, p.shape, layer[p]))
         offset += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
     if any(p.requires_grad for p in stepped):
         raise ArgumentError("optimizer", f"{len(stepped)} parameters", "parameters of the module only")

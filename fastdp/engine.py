@@ -20,7 +20,7 @@ from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, PrivacyError, require
 from fastdp.launch import launched_ranks
 from fastdp.optimizer import PrivateOptimizer
-from fastdp.plan import Plan
+from fastdp.plan import CLIPPINGS, Clipping, Plan, bounds_of_layers
 from fastdp.probe import Probe
 from fastdp.sampling import BatchSampler, PrivateLoader, check_loader
 from fastdp.secret import SecretKey
@@ -74,9 +74,9 @@ class PrivacyEngine:
         optimizer: Optimizer,
         data_loader: DataLoader[Any],
         noise_multiplier: float,
-        max_grad_norm: float,
+        max_grad_norm: float | Mapping[str, float],
         poisson_sampling: bool = True,
-        clipping: Literal["flat"] = "flat",
+        clipping: Clipping = "flat",
         loss_reduction: Literal["mean", "sum"] = "mean",
         max_physical_batch_size: int | None = None,
         dataset_size: int | None = None,
@@ -87,7 +87,16 @@ class PrivacyEngine:
 
         module: comes back as itself, with hooks; `fastdp.validate(module)` lists what each part of it will use.
         data_loader: a plain DataLoader; its `batch_size` is the expected size of the Poisson batches over all ranks.
-        noise_multiplier: noise standard deviation over max_grad_norm. max_grad_norm: bound on a record's gradient.
+        noise_multiplier: noise standard deviation over C. max_grad_norm: C, the bound on what a record adds to a step's
+            sum of gradients, over all layers: the sensitivity in each mode of clipping, rounding included.
+        clipping: what a record adds of its gradient g; nothing if that is not finite.
+            "flat": g min(1, C / |g|) (Abadi et al. 2016).
+            "per_layer": of each layer, g_l min(1, C_l / |g_l|) with C_l = C / sqrt(L) (McMahan et al. 2018,
+            arXiv:1710.06963). max_grad_norm may map the layers' names, as `module.named_modules()` has them, to C_l of
+            your own; then C = sqrt(sum C_l^2). A layer is what `fastdp.validate` lists; a parameter that several share
+            counts as the first one's. The noise is sigma C on all of them.
+            "automatic": g C / (|g| + 0.01), which has a norm below C (Bu et al. 2023, arXiv:2206.07136): all gradients
+            count alike, and C but scales the learning rate.
         loss_reduction: whether the loss is the mean or the sum over the batch's records.
         max_physical_batch_size: records that a rank runs at once. A larger batch comes in pieces, one iteration of the
             loop each; `optimizer.step()` steps at the last one, and `optimizer.is_accumulating` is True before it.
@@ -98,8 +107,11 @@ class PrivacyEngine:
         noise; `get_epsilon` is an upper bound under add/remove adjacency. Raises ArgumentError for what is not exact.
         """
         records, batch_size = self._check(data_loader, clipping, loss_reduction, max_physical_batch_size, secure_mode)
-        plan = self._plan(records, batch_size, dataset_size, noise_multiplier, max_grad_norm, poisson_sampling, None)
-        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, max_physical_batch_size, comm)
+        spans = spans_of(module, optimizer)
+        bounds = _bounds(max_grad_norm, clipping, spans)
+        plan = self._plan(records, batch_size, dataset_size, noise_multiplier, bounds, poisson_sampling, None)
+        piece = max_physical_batch_size
+        return self._build(plan, records, module, spans, optimizer, data_loader, loss_reduction, piece, comm)
 
     def make_private_with_epsilon(
         self,
@@ -110,9 +122,9 @@ class PrivacyEngine:
         target_epsilon: float,
         target_delta: float,
         epochs: int,
-        max_grad_norm: float,
+        max_grad_norm: float | Mapping[str, float],
         poisson_sampling: bool = True,
-        clipping: Literal["flat"] = "flat",
+        clipping: Clipping = "flat",
         loss_reduction: Literal["mean", "sum"] = "mean",
         max_physical_batch_size: int | None = None,
         dataset_size: int | None = None,
@@ -128,9 +140,11 @@ class PrivacyEngine:
             require(isinstance(value, numbers.Real), name, value, "a number")
         require(0 < target_delta < 1, "target_delta", target_delta, "in (0, 1)")
         records, batch_size = self._check(data_loader, clipping, loss_reduction, max_physical_batch_size, secure_mode)
-        plan = self._plan(records, batch_size, dataset_size, 0.0, max_grad_norm, poisson_sampling, None)
+        spans = spans_of(module, optimizer)
+        bounds = _bounds(max_grad_norm, clipping, spans)
+        plan = self._plan(records, batch_size, dataset_size, 0.0, bounds, poisson_sampling, None)
         steps = epochs * plan.steps_per_epoch
-        dimension = sum(s.numel for s in spans_of(module, optimizer))
+        dimension = sum(s.numel for s in spans)
         tail = 0.0
         for _ in range(2):  # the second time, less delta is left, so the noise grows and its tail shrinks
             sigma = accounting.noise_multiplier(
@@ -148,9 +162,9 @@ class PrivacyEngine:
                 target_delta,
                 f"> {2 * tail:.2g}, twice what the noise's cut tails use up at noise multiplier {sigma:.3g}",
             )
-        plan = self._plan(records, batch_size, dataset_size, sigma, max_grad_norm, poisson_sampling, steps)
+        plan = self._plan(records, batch_size, dataset_size, sigma, bounds, poisson_sampling, steps)
         target, piece = Target(target_epsilon, target_delta), max_physical_batch_size
-        return self._build(plan, records, module, optimizer, data_loader, loss_reduction, piece, comm, target)
+        return self._build(plan, records, module, spans, optimizer, data_loader, loss_reduction, piece, comm, target)
 
     def get_epsilon(self, delta: float) -> float:
         """Upper bound on the epsilon spent so far at `delta`, the noise's cut tails included; 0.0 before any step.
@@ -189,7 +203,7 @@ class PrivacyEngine:
         secure_mode: bool,
     ) -> tuple[int, int]:
         require(self.plan is None, "make_private", "called twice", "called once per engine: one run, one ledger")
-        require(clipping == "flat", "clipping", clipping, "'flat' in this version")
+        require(clipping in CLIPPINGS, "clipping", clipping, f"one of {', '.join(map(repr, CLIPPINGS))}")
         require(loss_reduction in ("mean", "sum"), "loss_reduction", loss_reduction, "'mean' or 'sum'")
         piece = max_physical_batch_size
         whole = piece is None or (isinstance(piece, int) and not isinstance(piece, bool) and piece >= 1)
@@ -203,7 +217,7 @@ class PrivacyEngine:
         batch_size: int,
         dataset_size: int | None,
         noise_multiplier: float,
-        max_grad_norm: float,
+        bounds: dict[str, Any],
         poisson_sampling: bool,
         steps: int | None,
     ) -> Plan:
@@ -213,10 +227,10 @@ class PrivacyEngine:
             dataset_size=records if dataset_size is None else dataset_size,
             batch_size=batch_size,
             noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
             poisson_sampling=poisson_sampling,
             size_from_data=dataset_size is None,
             steps=steps,
+            **bounds,
         )
 
     def _build(
@@ -224,6 +238,7 @@ class PrivacyEngine:
         plan: Plan,
         records: int,
         module: nn.Module,
+        spans: list[Span],
         optimizer: Optimizer,
         data_loader: DataLoader[Any],
         loss_reduction: str,
@@ -237,7 +252,6 @@ class PrivacyEngine:
                 None,
                 "fastdp.comm.init() under mpirun, or fastdp.comm.init(MPI.COMM_SELF) for a model of this rank's own",
             )
-        spans = spans_of(module, optimizer)
         self._dimension = sum(s.numel for s in spans)
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
         key = self._shared_key(plan, records, spans, optimizer, comm)
@@ -260,7 +274,7 @@ class PrivacyEngine:
             return probe.watch(batch, rows)
 
         loader.on_batch = on_batch
-        gradient = GradientSum(spans, plan.max_grad_norm)
+        gradient = GradientSum(spans, plan.max_grad_norm, plan.layer_bounds, plan.gamma)
         recorder.settle = lambda use: use.settle(gradient.views, max(loader.rows, 1), gradient.dtype)
         private = PrivateOptimizer(
             optimizer,
@@ -315,6 +329,17 @@ class PrivacyEngine:
                 for s in spans:
                     comm.broadcast(s.param.data, 0)
         return SecretKey(secret)
+
+
+def _bounds(max_grad_norm: float | Mapping[str, float], clipping: Clipping, spans: list[Span]) -> dict[str, Any]:
+    """What of the plan is about clipping."""
+    if clipping != "per_layer":
+        require(
+            not isinstance(max_grad_norm, Mapping), "max_grad_norm", max_grad_norm, "a number, or clipping per_layer"
+        )
+        return {"max_grad_norm": max_grad_norm, "clipping": clipping}
+    c, layer_bounds = bounds_of_layers(max_grad_norm, dict.fromkeys(s.layer for s in spans))
+    return {"max_grad_norm": c, "clipping": clipping, "layer_bounds": layer_bounds}
 
 
 def _check_secure_mode(secure_mode: bool) -> None:

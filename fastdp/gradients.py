@@ -72,9 +72,12 @@ class Norms:
             self._slack, self._lost = self._slack + slack, self._lost + lost
             self._peak = torch.maximum(self._peak, peak)
 
-    def factors(self, scale: float, max_grad_norm: float) -> tuple[Tensor, int]:
-        """scale * min(1, C / (scale * norm)) of each record, float64 [B], and how many of them are 0."""
-        factors, zeros = native.clip_factors(self._widened(max_grad_norm), self._dtype, scale, max_grad_norm)
+    def factors(self, scale: float, max_grad_norm: float, gamma: float | None) -> tuple[Tensor, int]:
+        """scale * min(1, C / (scale * norm)) of each record, float64 [B], and how many of them are 0.
+
+        With a gamma, of automatic clipping: scale * C / (scale * norm + gamma).
+        """
+        factors, zeros = native.clip_factors(self._widened(max_grad_norm), self._dtype, scale, max_grad_norm, gamma)
         if self._slack is None:
             return factors, zeros
         # 0 where a product may be too large: the kernel would drop single positions.

@@ -66,13 +66,17 @@ def add_linear_sq_norms(a: Tensor, b: Tensor, bias: bool, out: Tensor) -> None:
     )
 
 
-def clip_factors(sq_norms: Tensor, dtype: torch.dtype, scale: float, max_norm: float) -> tuple[Tensor, int]:
+def clip_factors(
+    sq_norms: Tensor, dtype: torch.dtype, scale: float, max_norm: float, gamma: float | None = None
+) -> tuple[Tensor, int]:
     """scale * min(1, max_norm / (scale * norm)) of each record -> float64 [B], and how many of them are 0.
 
     sq_norms: float64 [B]; dtype: of the gradients, whose rounding the factors leave room for. 0 if not finite.
+    gamma: > 0; then scale * max_norm / (scale * norm + gamma).
     """
     factors = torch.empty_like(sq_norms)
-    zeros = _kernels.clip_factors(sq_norms.data_ptr(), DTYPES[dtype], len(factors), scale, max_norm, factors.data_ptr())
+    sq, out = sq_norms.data_ptr(), factors.data_ptr()
+    zeros = _kernels.clip_factors(sq, DTYPES[dtype], len(factors), scale, max_norm, out, gamma)
     return factors, zeros
 
 

@@ -19,6 +19,7 @@ from cyclopts import Parameter
 import fastdp
 from fastdp import folder
 from fastdp.errors import ArgumentError, require
+from fastdp.plan import Clipping
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -71,6 +72,9 @@ class Options:
     "Records that a rank runs at once; a larger batch comes in pieces. The result is the same."
     max_grad_norm: float = 4.0
     "Bound on each record's gradient norm."
+    clipping: Clipping = "flat"
+    """How it is kept: flat, one norm of all layers; per_layer, the same share of the bound for each; automatic, all
+    gradients are brought near the bound, short ones too."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     "torch's, with its defaults."
     lr: float | None = None

@@ -65,6 +65,40 @@ def clipped_gradient(gradients: list[list[Tensor]], max_norm: float, like: Itera
     return total
 
 
+def per_layer_gradient(
+    gradients: list[list[Tensor]], layer_of: list[str], bounds: dict[str, float], like: Iterable[Tensor]
+) -> list[Tensor]:
+    """McMahan et al. 2018 (arXiv:1710.06963), section 3: sum_i g_il min(1, C_l / ||g_il||) of each layer l by itself.
+
+    layer_of: of each parameter. A record that is not finite in one layer is left out of all.
+    """
+    total = [torch.zeros_like(p, dtype=torch.float64) for p in like]
+    for record in gradients:
+        norms = {
+            layer: math.sqrt(
+                sum(g.double().square().sum().item() for g, of in zip(record, layer_of, strict=True) if of == layer)
+            )
+            for layer in bounds
+        }
+        if all(math.isfinite(norm) for norm in norms.values()):
+            for t, g, of in zip(total, record, layer_of, strict=True):
+                t += g.double() * (1.0 if norms[of] <= bounds[of] else bounds[of] / norms[of])
+    return total
+
+
+def automatic_gradient(
+    gradients: list[list[Tensor]], max_norm: float, like: Iterable[Tensor], gamma: float = 0.01
+) -> list[Tensor]:
+    """Bu et al. 2023 (arXiv:2206.07136), AUTO-S: sum_i g_i C / (||g_i|| + gamma), the norm of all parameters."""
+    total = [torch.zeros_like(p, dtype=torch.float64) for p in like]
+    for record in gradients:
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in record))
+        if math.isfinite(norm):
+            for t, g in zip(total, record, strict=True):
+                t += g.double() * max_norm / (norm + gamma)
+    return total
+
+
 def adam_step(
     theta: Tensor,
     m: Tensor,

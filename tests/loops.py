@@ -71,11 +71,41 @@ def private(module: nn.Module, optimizer: torch.optim.Optimizer, dataset: Datase
     return engine, *engine.make_private(module=module, optimizer=optimizer, data_loader=loader, **kwargs)
 
 
-def oracle_step(module: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, c: float, b: int) -> None:
-    """The step of float64 per-sample gradients, by fastdp/reference.py."""
+def first_owners(module: nn.Module) -> list[str]:
+    """Of each trained parameter, the first module that has it; attention and its out_proj are one."""
+    names = []
+    for p in module.parameters():
+        if p.requires_grad:
+            name = next(name for name, m in module.named_modules() if any(q is p for q in m._parameters.values()))
+            names.append(name.removesuffix("out_proj").rstrip("."))
+    return names
+
+
+def clipped(module: nn.Module, gradients: list[list[Tensor]], c: float, clipping: str) -> list[Tensor]:
+    """The sum over records of what each adds, in float64, by fastdp/reference.py."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    if clipping == "automatic":
+        return reference.automatic_gradient(gradients, c, params)
+    if clipping == "per_layer":
+        layers = first_owners(module)
+        bounds = dict.fromkeys(layers, c / len(set(layers)) ** 0.5)
+        return reference.per_layer_gradient(gradients, layers, bounds, params)
+    return reference.clipped_gradient(gradients, c, params)
+
+
+def oracle_step(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Tensor,
+    y: Tensor,
+    c: float,
+    b: int,
+    clipping: str = "flat",
+) -> None:
+    """The step of float64 per-sample gradients."""
     params = [p for p in module.parameters() if p.requires_grad]
     gradients = reference.per_sample_gradients(module, F.cross_entropy, x, y)
-    for p, g in zip(params, reference.clipped_gradient(gradients, c, params), strict=True):
+    for p, g in zip(params, clipped(module, gradients, c, clipping), strict=True):
         p.grad = (g / b).to(p.dtype)
     optimizer.step()
 

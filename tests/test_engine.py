@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
 from fastdp import PrivacyEngine, PrivacyError, ops, reference
+from fastdp.plan import CLIPPINGS
 
 LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
 
@@ -23,18 +24,20 @@ LIMIT = {torch.float64: 1e-10, torch.float32: 1e-4}
 @pytest.mark.parametrize("dtype", LIMIT)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_steps_equal_a_loop_over_single_samples(name: str, dtype: torch.dtype, reduction: str) -> None:
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_steps_equal_a_loop_over_single_samples(name: str, dtype: torch.dtype, reduction: str, clipping: str) -> None:
     module = MODELS[name]().to(dtype)
     twin = copy.deepcopy(module)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    _, module, optimizer, loader = private(module, optimizer, data(dtype=dtype), loss_reduction=reduction)
+    how = {"loss_reduction": reduction, "clipping": clipping}
+    _, module, optimizer, loader = private(module, optimizer, data(dtype=dtype), **how)
     check = torch.optim.SGD(twin.parameters(), lr=0.5)
     for x, y in loader:
         optimizer.zero_grad()
         F.cross_entropy(module(x), y, reduction=reduction).backward()
         assert all(p.grad is None for p in module.parameters())
         optimizer.step()
-        oracle_step(twin, check, x[: loader.rows], y[: loader.rows], 0.5, 12)
+        oracle_step(twin, check, x[: loader.rows], y[: loader.rows], 0.5, 12, clipping)
         for p, q in zip(module.parameters(), twin.parameters(), strict=True):
             assert (p - q).abs().max() <= LIMIT[dtype] * q.abs().max()
 
@@ -156,6 +159,7 @@ def test_ledger_and_epsilon_follow_the_plan() -> None:
     assert engine.get_epsilon(1e-5) >= want
     assert engine.assumptions() == [
         "a record is one row of the data set",
+        "flat clipping: a record adds a vector of norm at most C = 0.5 to a step's sum",
         "n treated as public; add/remove adjacency",
     ]
 

@@ -57,6 +57,7 @@ def by_torch_func(layer: nn.Module, a: Tensor, b: Tensor) -> list[Tensor]:
     return [*torch.func.vmap(torch.func.grad(product), in_dims=(None, 0, 0))(parameters, a, b).values()]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding")
 @settings(max_examples=120, deadline=None)
 @given(layers(), st.sampled_from([torch.float64, torch.float32]))
 def test_against_autograd_and_torch_func(made: tuple[nn.Module, Tensor], dtype: torch.dtype) -> None:
@@ -73,6 +74,7 @@ def test_against_autograd_and_torch_func(made: tuple[nn.Module, Tensor], dtype: 
         torch.testing.assert_close(g, func, rtol=0.0, atol=2 * TOLERANCE[dtype] * size)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding")
 @settings(max_examples=60, deadline=None)
 @given(layers())
 def test_against_opacus(made: tuple[nn.Module, Tensor]) -> None:

@@ -342,30 +342,30 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-def step_and_compare(blocks: list[nn.Module], dtype: torch.dtype, steps: int = 2) -> None:
+def step_and_compare(blocks: list[nn.Module], dtype: torch.dtype, steps: int = 2, clipping: str = "flat") -> None:
     """Train some steps beside an oracle that loops over single samples."""
     module = nn.Sequential(*blocks, nn.Linear(WIDTH, 3)).to(dtype)
     twin = copy.deepcopy(module)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    _, module, optimizer, loader = private(module, optimizer, data(40, dtype), 8, max_grad_norm=0.7)
+    _, module, optimizer, loader = private(module, optimizer, data(40, dtype), 8, max_grad_norm=0.7, clipping=clipping)
     check = torch.optim.SGD(twin.parameters(), lr=0.5)
     for _, (x, y) in zip(range(steps), loader, strict=False):
         optimizer.zero_grad()
         F.cross_entropy(module(x), y).backward()
         optimizer.step()
-        oracle_step(twin, check, x[: loader.rows], y[: loader.rows], 0.7, 8)
+        oracle_step(twin, check, x[: loader.rows], y[: loader.rows], 0.7, 8, clipping)
         for (name, p), q in zip(module.named_parameters(), twin.parameters(), strict=True):
             assert (p - q).abs().max() <= LIMIT[dtype] * q.abs().max(), name
 
 
-@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize(("dtype", "clipping"), [*((dtype, "flat") for dtype in LIMIT), (torch.float64, "per_layer")])
 @pytest.mark.parametrize("name", EXACT)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_exact(name: str, dtype: torch.dtype) -> None:
+def test_exact(name: str, dtype: torch.dtype, clipping: str) -> None:
     with warnings.catch_warnings():
         if name in LOOPED:
             warnings.filterwarnings("ignore", "fastdp: .* is run in a loop")
-        step_and_compare([EXACT[name]()], dtype)
+        step_and_compare([EXACT[name]()], dtype, clipping=clipping)
 
 
 @pytest.mark.parametrize("name", REFUSED)

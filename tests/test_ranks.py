@@ -28,6 +28,15 @@ def test_parameters_are_equal_to_rounding(facts: dict[int, dict], ranks: int) ->
     assert ((many - one).abs().max() / one.abs().max()).item() < 1e-5
 
 
+@pytest.mark.parametrize("clipping", ["per_layer", "automatic"])
+def test_modes_of_clipping_train_alike_on_two_ranks(facts: dict[int, dict], clipping: str) -> None:
+    one, two = (json.loads(launch.run("training.py", clipping, ranks=ranks)) for ranks in (1, 2))
+    for fact in ("batches", "noise", "epsilon"):
+        assert one[fact] == two[fact] == facts[1][fact]
+    flat, a, b = (torch.tensor(of["parameters"], dtype=torch.float64) for of in (facts[1], one, two))
+    assert (a - b).abs().max() < 1e-5 * a.abs().max() < 0.1 * (a - flat).abs().max()
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_noise_has_the_variance_of_one_draw(facts: dict[int, dict], ranks: int) -> None:
     assert abs(facts[ranks]["variance"] - 1) < 5 * math.sqrt(2 / facts[ranks]["draws"])

@@ -178,6 +178,10 @@ def test_loaders_whose_sampling_would_not_be_replaced_are_refused() -> None:
         ({"noise_multiplier": math.nan}, "noise_multiplier=nan"),
         ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0: must be finite and >= 0"),
         ({"max_grad_norm": math.inf}, "max_grad_norm=inf"),
+        ({"clipping": "none"}, "clipping='none': must be one of"),
+        ({"clipping": "per_layer"}, r"layer_bounds=\(\): must be given"),
+        ({"layer_bounds": (("0", 1.0),)}, "layer_bounds=.*: must be given for clipping='per_layer', and only for it"),
+        ({"clipping": "per_layer", "layer_bounds": (("0", 1.0), ("1", 0.1))}, "a root of the sum of squares <= 1.0"),
     ],
 )
 def test_plans_with_bad_numbers_are_refused(changed: dict[str, float], message: str) -> None:

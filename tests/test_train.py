@@ -197,6 +197,7 @@ BAD = {
     "--bogus": ["--bogus", "1"],
     "--epochs": ["--epochs", "many"],
     "--all-reduce": ["--all-reduce", "carrier-pigeon"],
+    "--clipping": ["--clipping", "never"],
     "config='missing.toml': must be a TOML file": ["--config", "missing.toml"],
 }
 
@@ -260,6 +261,16 @@ def test_a_run_without_noise_is_valid_json_and_not_private(tmp_path: Path) -> No
         "NOT PRIVATE: epsilon is infini",
         "NOT PRIVATE: no noise is added",
     ]
+
+
+@pytest.mark.parametrize("clipping, said", [("per_layer", "per-layer clipping (2 layers)"), ("automatic", "automatic")])
+def test_the_report_says_how_gradients_were_clipped(clipping: str, said: str, tmp_path: Path) -> None:
+    how = ("--clipping", clipping, "--epochs", "3", "--noise-multiplier", "1", "--lr", "0.5")
+    done = train_cli(*how, "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out/report.json").read_text())
+    assert summary["clipping"] == clipping and summary["accuracy"] > 0.8
+    assert any(line.startswith(said) and "at most C = 4 " in line for line in summary["assumptions"])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ class Other(torch.optim.Adam):
 
 def make(
     noise_multiplier: float = 1.0,
-    max_grad_norm: float = 1.0,
+    max_grad_norm: float | dict[str, float] = 1.0,
+    clipping: str = "flat",
     records: int = 40,
     width: int = 3,
     optimizer: type[torch.optim.Adam] = torch.optim.Adam,
@@ -35,6 +36,7 @@ def make(
         data_loader=DataLoader(TensorDataset(torch.ones(records, 5)), batch_size=4),
         noise_multiplier=noise_multiplier,
         max_grad_norm=max_grad_norm,
+        clipping=clipping,
         comm=comm,
     )
 
@@ -43,6 +45,8 @@ make()
 for changed in (
     {"noise_multiplier": 1.1},
     {"max_grad_norm": 2.0},
+    {"clipping": "automatic"},
+    {"clipping": "per_layer"},
     {"records": 41},
     {"width": 4},
     {"betas": (0.9, 0.99)},

@@ -1,4 +1,7 @@
-"""Trains on the ranks it is started on and prints, as JSON, what must not depend on how many they are."""
+"""Trains on the ranks it is started on and prints, as JSON, what must not depend on how many they are.
+
+With an argument: the mode of clipping.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import fastdp
 
 comm = fastdp.comm.init(timeout=30.0)
 torch.set_num_threads(1)
+clipping = (*sys.argv[1:], "flat")[0]
 
 
 def private(module: nn.Module, data: TensorDataset, batch_size: int, **kwargs):
@@ -26,6 +30,7 @@ def private(module: nn.Module, data: TensorDataset, batch_size: int, **kwargs):
         optimizer=torch.optim.SGD(module.parameters(), lr=0.5, momentum=0.9),
         data_loader=DataLoader(data, batch_size=batch_size),
         max_grad_norm=1.0,
+        clipping=clipping,
         comm=comm,
         **kwargs,
     )
