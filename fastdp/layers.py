@@ -163,11 +163,15 @@ class Recorder:
         return self.batch if self.depth else None
 
     def clear(self) -> None:
+        for use in self.uses:
+            use.spend()
         self.uses.clear()
         self.backward = None
 
     def keep(self, use: Use, b: Any) -> None:
         """Note that the backward has brought b, the gradients of the use's outputs."""
+        if use.is_spent:
+            raise PrivacyError(f"{use.layer}: a second backward() through the same forward: call the module again")
         current = torch._C._current_graph_task_id()
         if self.backward is not None and self.backward != current:
             raise PrivacyError(

@@ -39,6 +39,7 @@ class Use:
     batch: int | None
     versions: list[tuple[Tensor, int]]
     b: Any = dataclasses.field(init=False)
+    is_spent: bool = dataclasses.field(default=False, init=False)
 
     def check_unchanged(self) -> None:
         if any(x._version != version for x, version in self.versions):
@@ -54,6 +55,12 @@ class Use:
     def settle(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> None:
         """During the backward: make parts() now if they take no more memory than what they are made of, and let go of
         that, which the graph's hooks, and the user's loss through them, would keep alive."""
+
+    def spend(self) -> None:
+        """Let all tensors go: the graph's hooks, and the user's loss through them, keep this use alive."""
+        self.is_spent, self.versions = True, []
+        for name in [name for name in vars(self) if name not in ("layer", "batch", "versions", "is_spent")]:
+            delattr(self, name)
 
     def inputs(self, rows: int) -> list[Tensor]:
         """The input tensors; records first in those that have one in each row."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -323,3 +324,31 @@ def test_a_run_without_noise_says_so() -> None:
         max_grad_norm=1.0,
     )
     assert engine.assumptions()[0] == "NOT PRIVATE: no noise is added"
+
+
+class Positions(nn.Module):
+    """Its layers but the last see 50 positions of each record: gradients are smaller than what they are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(self.first(x.unsqueeze(1).expand(-1, 50, -1))).mean(1))
+
+
+def test_a_loss_that_is_kept_keeps_no_activations() -> None:
+    module = Positions()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    _, module, optimizer, loader = private(module, optimizer, data())
+    (x, y) = next(iter(loader))
+    loss = F.cross_entropy(module(x), y)
+    loss.backward(retain_graph=True)
+    last, *formed = optimizer._recorder.uses
+    assert len(formed) == 2 and not any(hasattr(use, "a") or hasattr(use, "b") for use in formed)
+    a, b = weakref.ref(last.a), weakref.ref(last.b)
+    optimizer.step()
+    del last
+    assert a() is None and b() is None
+    with pytest.raises(PrivacyError, match=r"layer 'last': a second backward\(\) through the same forward"):
+        loss.backward()
