@@ -2,9 +2,9 @@
 
 Before its nonlinearity a gate is W_ih x_t + b_ih + W_hh h_(t-1) + b_hh, so that a layer is two linear layers on
 sequences: with g_t the gate's gradient, those of record i are sum_t g_it x_it^T and sum_t g_it h_i(t-1)^T, and sum_t g_it
-for both biases. torch's own functions do not give g_t, so both ways through time are made here, with the same arithmetic
-and in the same time. How g_t depends on the gradient of h_t is a factor for each element, made for all t at once; what
-the backward has to do one t after the other is a few products of elements and one with W_hh.
+for both biases. torch's own functions do not give g_t, so both ways through time are made here, by the same arithmetic.
+How g_t depends on the gradient of h_t is a factor for each element, made for all t at once; what the backward has to do
+one t after the other is a few products of elements and one with W_hh.
 
 No record's gates depend on other records, whatever the options are, so nothing is checked as in fastdp/persample.py.
 """
@@ -233,7 +233,7 @@ class RecurrentUse(Use):
 
     def gradients(self, rows: int) -> list[Tensor]:
         y, *states = self.b
-        return [y] * (y is not None) + [s.transpose(0, 1) for s in states if s is not None]
+        return ([] if y is None else [y]) + [s.transpose(0, 1) for s in states if s is not None]
 
 
 class Layers:
@@ -317,11 +317,11 @@ class RecurrentHooks(Hooks):
         super().before(module, args)
         if module is self.module and not self.recorder.paused:
             self._mode = _Instead(self._layers)
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if module is self.module and not self.recorder.paused:
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return super().after(module, args, kwargs, output)
 
     def watch(self, args: Any, kwargs: Any, output: Any) -> None:
@@ -335,7 +335,9 @@ class RecurrentHooks(Hooks):
         if func is not WAYS[m.mode][0] or not torch.is_grad_enabled():
             return None
         if args[2] is not m._flat_weights:  # (data, batch sizes, initial states, weights, ...)
-            raise PrivacyError(f"{self.name}: a PackedSequence: must be padded to a tensor, one sequence of each record")
+            raise PrivacyError(
+                f"{self.name}: a PackedSequence: must be padded to a tensor, one sequence of each record"
+            )
         x, given = args[0], list(args[1]) if m.mode == "LSTM" else [args[1]]
         dtype = m._flat_weights[0].dtype
         if x.dtype != dtype or torch.is_autocast_enabled("cpu"):

@@ -133,8 +133,10 @@ def has_formula(m: nn.Module) -> bool:
 
 def is_recurrent(m: nn.Module) -> bool:
     """Whether the gradients of its gates are known."""
-    plain = type(m) in (nn.LSTM, nn.GRU, nn.RNN) and "forward" not in vars(m)
-    return plain and m._parameters.keys() == set(m._flat_weights_names) and None not in m._parameters.values()
+    if type(m) not in (nn.LSTM, nn.GRU, nn.RNN) or "forward" in vars(m):
+        return False
+    assert isinstance(m, nn.RNNBase)
+    return m._parameters.keys() == set(m._flat_weights_names) and None not in m._parameters.values()
 
 
 Slot = tuple[nn.Module, str, nn.Parameter]  # holder, its key, and what hangs there
