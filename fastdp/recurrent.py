@@ -322,6 +322,9 @@ def _turned(module: nn.RNNBase, x: Tensor) -> Tensor:
 class RecurrentHooks(Hooks):
     """Of one nn.LSTM, nn.GRU or nn.RNN. While it is called, torch's function for all its layers is ours."""
 
+    _mode: _Instead | None = None  # of the call that is going on
+    _was_called = False
+
     def before(self, module: nn.Module, args: Any) -> None:
         super().before(module, args)
         if module is self.module and not self.recorder.paused:
@@ -329,12 +332,14 @@ class RecurrentHooks(Hooks):
             self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if module is self.module and not self.recorder.paused:
-            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if module is self.module and self._mode is not None:  # None: a hook before ours raised
+            mode, self._mode = self._mode, None
+            self._was_called = mode.was_called
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return super().after(module, args, kwargs, output)
 
     def watch(self, args: Any, kwargs: Any, output: Any) -> None:
-        if not self._mode.was_called:
+        if not self._was_called:
             raise PrivacyError(f"{self.name}: {type(self.module).__name__} did not run as torch's does")
 
     def _layers(self, func: Any, args: Any) -> Any:

@@ -315,6 +315,7 @@ def test_after_an_exception_the_module_is_as_before() -> None:
     with pytest.raises(RuntimeError):
         loop.model.rnn(torch.zeros(2, 3, FEATURES + 1))
     assert all(p.requires_grad for p in loop.model.rnn.parameters())
+    assert torch.overrides._get_current_function_mode() is None
     other = nn.LSTM(FEATURES, 4)
     other(torch.zeros(2, 3, FEATURES))[0].sum().backward()
     assert other.weight_hh_l0.grad is not None
