@@ -61,6 +61,17 @@ def resnet8() -> nn.Module:
     )
 
 
+class LastOutput(nn.Module):
+    """A classifier of sequences [B, T, 128]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.LSTM(128, 128, batch_first=True), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
 # The model, the shape of a record, classes, batch size.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "64-256-256-2": (lambda: mlp(64, 256, 256, 2), (64,), 2, 512),
@@ -69,6 +80,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
     "CNN": (mnist.build_model, (1, 28, 28), 10, 240),
     "ResNet-8": (resnet8, (3, 32, 32), 10, 64),
     "Transformer": (transformer, (64, 128), 10, 64),
+    "LSTM": (LastOutput, (50, 128), 10, 64),
 }
 
 

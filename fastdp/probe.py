@@ -201,7 +201,7 @@ class Probe:
             seen.add(node)
             name = type(node).__name__.removesuffix("Backward")
             # A backward hook of the module itself is replayed with it; layers called beside it are refused by keep().
-            known = name in ("BackwardHookFunction", "_Attach")
+            known = name in ("BackwardHookFunction", "_Attach", "_Gates")
             if isinstance(node, torch.autograd.function.BackwardCFunction) and not known:
                 raise PrivacyError(
                     f"loss: the backward of {name} is not torch's and cannot be replayed: call it in the module"

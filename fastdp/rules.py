@@ -52,6 +52,8 @@ def validate(module: nn.Module) -> list[Rule]:
                 how = "the rows that a record uses, from inputs and output gradients"
             elif has_formula(m):
                 how = "per-sample gradients from inputs and output gradients"
+            elif is_recurrent(m):
+                how = "norms from inputs and gradients of the gates"
             count = sum(0 if nn.parameter.is_lazy(p) else p.numel() for _, _, p in parameters)
             rules.append(Rule(_path(name), type(m).__name__, count, how, refused))
     return rules
@@ -127,6 +129,14 @@ def is_attention(m: nn.Module) -> bool:
 def has_formula(m: nn.Module) -> bool:
     """Whether the layer's own formula gives its per-sample gradients."""
     return type(m) in FORMULAS and m._parameters.keys() <= {"weight", "bias"} and "forward" not in vars(m)
+
+
+def is_recurrent(m: nn.Module) -> bool:
+    """Whether the gradients of its gates are known."""
+    if type(m) not in (nn.LSTM, nn.GRU, nn.RNN) or "forward" in vars(m):
+        return False
+    assert isinstance(m, nn.RNNBase)
+    return m._parameters.keys() == set(m._flat_weights_names) and None not in m._parameters.values()
 
 
 Slot = tuple[nn.Module, str, nn.Parameter]  # holder, its key, and what hangs there

@@ -8,6 +8,7 @@ from fastdp import rules
 from fastdp.attention import AttentionHooks
 from fastdp.errors import ArgumentError
 from fastdp.layers import Hooks, LayerHooks, ModuleHooks, Recorder
+from fastdp.recurrent import RecurrentHooks
 
 
 def attach(module: nn.Module, recorder: Recorder) -> None:
@@ -23,4 +24,6 @@ def attach(module: nn.Module, recorder: Recorder) -> None:
 def _kind(m: nn.Module) -> type[Hooks]:
     if rules.is_linear(m) or rules.is_embedding(m) or rules.has_formula(m):
         return LayerHooks
+    if rules.is_recurrent(m):
+        return RecurrentHooks
     return AttentionHooks if rules.is_attention(m) else ModuleHooks
