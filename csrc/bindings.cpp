@@ -79,6 +79,32 @@ void bind_clipping(py::module_& m) {
       },
       Release());
   m.def(
+      "layer_norm_gradients",
+      [](Address a, Address b, DType dtype, int64_t batch, int64_t positions, int64_t n, double eps, bool centre,
+         Address weight, Address bias, int threads) {
+        with_type(dtype, [&](auto t) {
+          using T = decltype(t);
+          using F = typename SumOf<T>::type;
+          const int64_t count = batch * positions;
+          layer_norm_gradients(rows<T>(a, count, n, n), rows<T>(b, count, n, n), batch, eps, centre, at<F>(weight),
+                               at<F>(bias), threads);
+        });
+      },
+      Release());
+  m.def(
+      "group_norm_gradients",
+      [](Address a, Address b, DType dtype, int64_t batch, int64_t channels, int64_t positions, int64_t groups,
+         double eps, Address weight, Address bias, int threads) {
+        with_type(dtype, [&](auto t) {
+          using T = decltype(t);
+          using F = typename SumOf<T>::type;
+          const int64_t count = batch * channels;
+          group_norm_gradients(rows<T>(a, count, positions, positions), rows<T>(b, count, positions, positions), batch,
+                               groups, eps, at<F>(weight), at<F>(bias), threads);
+        });
+      },
+      Release());
+  m.def(
       "clip_factors",
       [](Address sq, DType dtype, int64_t batch, double scale, double max_norm, Address out,
          std::optional<double> gamma) {

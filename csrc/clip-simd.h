@@ -37,40 +37,19 @@ double dot(const T* __restrict__ x, const T* __restrict__ y, int64_t n) {
   return tree_sum(s);
 }
 
-// Doubles of one vector, and how many vectors hold the running sums. The compiler's own choice for a loop over floats
-// goes through shuffles and the stack.
-constexpr int kHalf = kLanes / 2;
-constexpr int kWide = kSums / kHalf;
-typedef float f32h __attribute__((vector_size(4 * kHalf)));
-typedef uint32_t u32h __attribute__((vector_size(4 * kHalf)));
-typedef double f64v __attribute__((vector_size(8 * kHalf)));
-
-template <class V, class T>
-V load_lanes(const T* x) {
-  V v;
-  std::memcpy(&v, x, sizeof v);
-  return v;
-}
-
-// GCC 12 makes the two halves of a conversion to doubles one by one and joins them; and warns of _mm512_cvtps_pd.
-#if defined(__AVX512F__)
-inline f64v to_double(f32h x) { return (f64v)_mm512_maskz_cvtps_pd(0xff, (__m256)x); }
-#elif defined(__AVX2__)
-inline f64v to_double(f32h x) { return (f64v)_mm256_cvtps_pd((__m128)x); }
-#else
-inline f64v to_double(f32h x) { return __builtin_convertvector(x, f64v); }
-#endif
+constexpr int kWide = kSums / kDoubles;  // vectors that hold the running sums: the compiler's own choice for a loop
+                                         // over floats goes through shuffles and the stack
 
 // s += squares of kSums elements
 inline void add_sixteen(const float* x, f64v (&s)[kWide]) {
   for (int k = 0; k < kWide; ++k) {
-    const f64v v = to_double(load_lanes<f32h>(x + k * kHalf));
+    const f64v v = load_doubles(x + k * kDoubles);
     s[k] += v * v;
   }
 }
 inline void add_sixteen(const double* x, f64v (&s)[kWide]) {
   for (int k = 0; k < kWide; ++k) {
-    const f64v v = load_lanes<f64v>(x + k * kHalf);
+    const f64v v = load_doubles(x + k * kDoubles);
     s[k] += v * v;
   }
 }
@@ -78,7 +57,7 @@ inline void add_sixteen(const double* x, f64v (&s)[kWide]) {
 // shuffles of a conversion in order.
 inline void add_sixteen(const bf16* x, f64v (&s)[kWide]) {
   for (int k = 0; k < kWide / 2; ++k) {
-    const u32h words = load_lanes<u32h>(x + 2 * k * kHalf);
+    const u32h words = load_lanes<u32h>(x + 2 * k * kDoubles);
     const f64v lower = to_double((f32h)(words << 16)), upper = to_double((f32h)(words & 0xffff0000u));
     s[k] += lower * lower;
     s[kWide / 2 + k] += upper * upper;
@@ -104,9 +83,9 @@ double finish_squares(f64v (&s)[kWide], const T* x, int64_t n) {
   }
   for (int width = kWide / 2; width > 0; width /= 2)  // tree_sum, as far as whole vectors go
     for (int k = 0; k < width; ++k) s[k] += s[k + width];
-  double t[kHalf];
+  double t[kDoubles];
   std::memcpy(t, s, sizeof t);
-  for (int width = kHalf / 2; width > 0; width /= 2)
+  for (int width = kDoubles / 2; width > 0; width /= 2)
     for (int k = 0; k < width; ++k) t[k] += t[k + width];
   return t[0];
 }

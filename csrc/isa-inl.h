@@ -16,11 +16,13 @@ namespace fastdp::FASTDP_ISA {
 #include "clip-simd.h"
 #include "linear-simd.h"
 #include "noise-simd.h"
+#include "normalise-simd.h"
 #include "sample-simd.h"
 
 template <class T>
-constexpr TypedKernels<T> typed_kernels = {sum_squares<T>, square_rows<T>,  accumulate_rows<T>,
-                                           scale_rows<T>,  gram_sq_norm<T>, add_noise<T>};
+constexpr TypedKernels<T> typed_kernels = {sum_squares<T>,          square_rows<T>,  accumulate_rows<T>,
+                                           scale_rows<T>,           gram_sq_norm<T>, layer_norm_gradients<T>,
+                                           group_norm_gradients<T>, add_noise<T>};
 
 #define FASTDP_STRING_(x) #x
 #define FASTDP_STRING(x) FASTDP_STRING_(x)

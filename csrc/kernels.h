@@ -65,6 +65,9 @@ struct TypedKernels {
   void (*scale_rows)(Rows<T> rows, const double* factors, T* out, Sum* sums);
   // one record: sum_{t,u} <a_t, a_u> <b_t, b_u>; `scratch` holds gram_scratch(a.rows, a.n + b.n) doubles
   double (*gram_sq_norm)(Rows<T> a, Rows<T> b, double* scratch);
+  // one record: see normalise-simd.h
+  void (*layer_norm_gradients)(Rows<T> a, Rows<T> b, double eps, bool centre, Sum* weight, Sum* bias);
+  void (*group_norm_gradients)(Rows<T> a, Rows<T> b, int64_t group, double eps, Sum* weight, Sum* bias);
   // x[i] += std * N(first + i)
   void (*add_noise)(T* x, int64_t n, const Stream& stream, uint64_t first, double std);
 };

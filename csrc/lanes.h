@@ -14,6 +14,36 @@ typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
 typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
 typedef float f32v __attribute__((vector_size(4 * kLanes)));
 
+// Doubles of the same width, and what is converted to them.
+constexpr int kDoubles = kLanes / 2;
+typedef double f64v __attribute__((vector_size(8 * kDoubles)));
+typedef float f32h __attribute__((vector_size(4 * kDoubles)));
+typedef uint32_t u32h __attribute__((vector_size(4 * kDoubles)));
+
+template <class V, class T>
+V load_lanes(const T* x) {
+  V v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+
+// GCC 12 makes the two halves of a conversion to doubles one by one and joins them; and warns of _mm512_cvtps_pd.
+#if defined(__AVX512F__)
+inline f64v to_double(f32h x) { return (f64v)_mm512_maskz_cvtps_pd(0xff, (__m256)x); }
+#elif defined(__AVX2__)
+inline f64v to_double(f32h x) { return (f64v)_mm256_cvtps_pd((__m128)x); }
+#else
+inline f64v to_double(f32h x) { return __builtin_convertvector(x, f64v); }
+#endif
+
+inline f64v load_doubles(const float* x) { return to_double(load_lanes<f32h>(x)); }
+inline f64v load_doubles(const double* x) { return load_lanes<f64v>(x); }
+inline f64v load_doubles(const bf16* x) {
+  f32h v;
+  for (int i = 0; i < kDoubles; ++i) v[i] = load(x[i]);
+  return to_double(v);
+}
+
 inline f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
 
 // Correctly rounded by IEEE 754, so the same at every width.
@@ -44,6 +74,16 @@ inline f32v fused(f32v a, B b, C c) {
   f32v sum;
   for (int i = 0; i < kLanes; ++i) sum[i] = __builtin_fmaf(a[i], bs[i], cs[i]);
   return sum;
+#endif
+}
+
+inline f64v fused(f64v a, f64v b, f64v c) {  // without the instruction rounded twice: for sums that need not agree
+#if defined(__AVX512F__)
+  return (f64v)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+  return (f64v)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
 #endif
 }
 

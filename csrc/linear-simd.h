@@ -4,18 +4,7 @@
 
 // Tiles of the two Gram matrices that are computed at once: kTileRows x kPanel sums stay in registers (8 of AVX2's 16,
 // as many as hide the latency of 2 multiply-adds a cycle).
-constexpr int kDoubles = kLanes / 2, kPanel = 2 * kDoubles, kTileRows = 4;
-typedef double f64v __attribute__((vector_size(8 * kDoubles)));
-
-inline f64v multiply_add(f64v x, f64v y, f64v z) {
-#if defined(__AVX512F__)
-  return (f64v)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
-#elif defined(__FMA__)
-  return (f64v)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
-#else
-  return x * y + z;
-#endif
-}
+constexpr int kPanel = 2 * kDoubles, kTileRows = 4;
 
 inline int64_t panels(int64_t positions) { return (positions + kPanel - 1) / kPanel; }
 
@@ -32,8 +21,7 @@ inline void interleave(f64v x, f64v y, f64v& low, f64v& high) {
 template <class T>
 inline void pack_square(const T* const (&row)[kDoubles], int64_t k, double* to) {
   f64v x[kDoubles], y[kDoubles];
-  for (int r = 0; r < kDoubles; ++r)
-    for (int j = 0; j < kDoubles; ++j) x[r][j] = double{load(row[r][k + j])};
+  for (int r = 0; r < kDoubles; ++r) x[r] = load_doubles(row[r] + k);
   for (int width = 1; width < kDoubles; width *= 2) {  // a transposition in log2(kDoubles) perfect shuffles
     for (int r = 0; r < kDoubles / 2; ++r) interleave(x[r], x[r + kDoubles / 2], y[2 * r], y[2 * r + 1]);
     std::memcpy(x, y, sizeof x);
@@ -68,8 +56,8 @@ inline void gram_tile(const double* packed, int64_t n, int64_t from, int64_t pan
     std::memcpy(&high, columns + kDoubles, sizeof high);
     for (int r = 0; r < kTileRows; ++r) {
       const f64v row = rows[r] - f64v{};  // in every lane
-      sums[r][0] = multiply_add(row, low, sums[r][0]);
-      sums[r][1] = multiply_add(row, high, sums[r][1]);
+      sums[r][0] = fused(row, low, sums[r][0]);
+      sums[r][1] = fused(row, high, sums[r][1]);
     }
   }
   std::memcpy(out, sums, sizeof sums);

@@ -68,6 +68,45 @@ void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double*
   });
 }
 
+namespace {
+
+// call(a, b, i) for each record i, of which a and b have as many rows; records of kPart elements or more together.
+template <class T, class Call>
+void for_each_record(Rows<T> a, Rows<T> b, int64_t batch, int threads, Call call) {
+  const int64_t rows = batch == 0 ? 0 : a.rows / batch;
+  const int64_t group = std::max<int64_t>(1, kPart / std::max<int64_t>(1, rows * a.n));
+  parallel_parts(threads, ceil_div(batch, group), [&](int64_t part) {
+    const int64_t end = std::min(batch, (part + 1) * group);
+    for (int64_t i = part * group; i < end; ++i)
+      call(Rows<T>{a.row(i * rows), rows, a.n, a.stride}, Rows<T>{b.row(i * rows), rows, b.n, b.stride}, i);
+  });
+}
+
+template <class F>
+F* offset(F* memory, int64_t elements) {
+  return memory == nullptr ? nullptr : memory + elements;
+}
+
+}  // namespace
+
+template <class T>
+void layer_norm_gradients(Rows<T> a, Rows<T> b, int64_t batch, double eps, bool centre, typename SumOf<T>::type* weight,
+                          typename SumOf<T>::type* bias, int threads) {
+  const auto kernel = kernels().typed(T{}).layer_norm_gradients;
+  for_each_record(a, b, batch, threads, [&](Rows<T> x, Rows<T> g, int64_t i) {
+    kernel(x, g, eps, centre, offset(weight, i * a.n), offset(bias, i * a.n));
+  });
+}
+
+template <class T>
+void group_norm_gradients(Rows<T> a, Rows<T> b, int64_t batch, int64_t groups, double eps,
+                          typename SumOf<T>::type* weight, typename SumOf<T>::type* bias, int threads) {
+  const auto kernel = kernels().typed(T{}).group_norm_gradients;
+  for_each_record(a, b, batch, threads, [&](Rows<T> x, Rows<T> g, int64_t i) {
+    kernel(x, g, x.rows / groups, eps, offset(weight, i * x.rows), offset(bias, i * x.rows));
+  });
+}
+
 template <class T>
 int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double max_norm, double* factors,
                      std::optional<double> gamma) {
@@ -215,11 +254,14 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
   return ids;
 }
 
-#define FASTDP_INSTANTIATE(T)                                                                               \
-  template void sq_norms(Rows<T>, double*, int);                                                            \
-  template void linear_sq_norms(Rows<T>, Rows<T>, int64_t, bool, double*, int);                             \
-  template int64_t clip_factors<T>(const double*, int64_t, double, double, double*, std::optional<double>); \
-  template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);                               \
+#define FASTDP_INSTANTIATE(T)                                                                                         \
+  template void sq_norms(Rows<T>, double*, int);                                                                      \
+  template void linear_sq_norms(Rows<T>, Rows<T>, int64_t, bool, double*, int);                                       \
+  template int64_t clip_factors<T>(const double*, int64_t, double, double, double*, std::optional<double>);           \
+  template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);                                         \
+  template void layer_norm_gradients(Rows<T>, Rows<T>, int64_t, double, bool, SumOf<T>::type*, SumOf<T>::type*, int); \
+  template void group_norm_gradients(Rows<T>, Rows<T>, int64_t, int64_t, double, SumOf<T>::type*, SumOf<T>::type*,    \
+                                     int);                                                                            \
   template void gaussian_noise(T*, int64_t, const Stream&, uint64_t, double, int);
 FASTDP_INSTANTIATE(float)
 FASTDP_INSTANTIATE(bf16)

@@ -18,6 +18,17 @@ void sq_norms(Rows<T> g, double* out, int threads);
 template <class T>
 void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double* out, int threads);
 
+// Per-sample gradients of a normalisation's weight and bias, [B, n] each or null, from its input and the gradient of
+// its output. Layer norm (centre) and RMS norm: a, b [B * positions, n].
+template <class T>
+void layer_norm_gradients(Rows<T> a, Rows<T> b, int64_t batch, double eps, bool centre, typename SumOf<T>::type* weight,
+                          typename SumOf<T>::type* bias, int threads);
+
+// Group norm: a, b [B * channels, positions], packed.
+template <class T>
+void group_norm_gradients(Rows<T> a, Rows<T> b, int64_t batch, int64_t groups, double eps,
+                          typename SumOf<T>::type* weight, typename SumOf<T>::type* bias, int threads);
+
 // factors[B] = scale * min(1, max_norm / norm), norm = scale * sqrt(sq_norms), or scale * max_norm / (norm + gamma) if
 // there is a gamma > 0; rounded so that the record's contribution, its products and factor rounded to T, has a norm <=
 // max_norm; 0 where the norm is not finite. Returns how many are 0.

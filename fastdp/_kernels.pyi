@@ -58,6 +58,32 @@ def linear_sq_norms(
     out: int,
     threads: int,
 ) -> None: ...
+def layer_norm_gradients(
+    a: int,
+    b: int,
+    dtype: DType,
+    batch: int,
+    positions: int,
+    n: int,
+    eps: float,
+    centre: bool,
+    weight: int,
+    bias: int,
+    threads: int,
+) -> None: ...
+def group_norm_gradients(
+    a: int,
+    b: int,
+    dtype: DType,
+    batch: int,
+    channels: int,
+    positions: int,
+    groups: int,
+    eps: float,
+    weight: int,
+    bias: int,
+    threads: int,
+) -> None: ...
 def clip_factors(
     sq_norms: int, dtype: DType, batch: int, scale: float, max_norm: float, factors: int, gamma: float | None
 ) -> int: ...

@@ -110,6 +110,7 @@ class GradientSum:
     def _parts(self, uses: list[Use], rows: int) -> Iterator[PerSample]:
         for use in uses:
             parts = use.parts(self.views, rows, self.dtype)
+            use.spend()
             yield from parts if len(self._bounds) == 1 else self._of_one_group(parts)
 
     def _of_one_group(self, parts: Iterable[PerSample]) -> Iterator[PerSample]:

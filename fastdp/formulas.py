@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdp import native
+
 Gradients = tuple[Tensor | None, Tensor | None]
 Formula = Callable[[Any, Tensor, Tensor, bool, bool], Gradients]  # module, a, b, weight and bias wanted
 
@@ -42,29 +44,26 @@ def convolution(m: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, b: Tensor, weig
 
 def layer_norm(m: nn.LayerNorm | nn.RMSNorm, a: Tensor, b: Tensor, weight: bool, bias: bool) -> Gradients:
     """a, b [B, ..., *normalized_shape]."""
-    shape = m.normalized_shape
-    found = None
-    if weight:
-        normalised = (
-            F.layer_norm(a, shape, eps=m.eps) if isinstance(m, nn.LayerNorm) else F.rms_norm(a, shape, eps=m.eps)
-        )
-        found = _over_positions(b * normalised, len(shape))
-    return found, _over_positions(b, len(shape)) if bias else None
-
-
-def _over_positions(x: Tensor, kept: int) -> Tensor:
-    """[B, ..., *shape] -> [B, *shape], of `kept` dimensions."""
-    return x.reshape(len(x), math.prod(x.shape[1 : x.dim() - kept]), *x.shape[x.dim() - kept :]).sum(1)
+    n = math.prod(m.normalized_shape)
+    eps = torch.finfo(a.dtype).eps if m.eps is None else m.eps  # RMSNorm's
+    a, b = (
+        x.reshape(len(x), math.prod(x.shape[1 : x.dim() - len(m.normalized_shape)]), n).contiguous() for x in (a, b)
+    )
+    found = _empty(a, n, weight), _empty(a, n, bias)
+    native.layer_norm_gradients(a, b, eps, isinstance(m, nn.LayerNorm), *found)
+    return found
 
 
 def group_norm(m: nn.GroupNorm, a: Tensor, b: Tensor, weight: bool, bias: bool) -> Gradients:
     """a, b [B, C, ...]."""
-    found = None
-    if weight:
-        product = b * F.group_norm(a, m.num_groups, eps=m.eps)
-        found = product.flatten(2).sum(2) if product.dim() > 2 else product
-    # A loss that is a sum has an expanded gradient, which is not packed.
-    return found, (b.flatten(2).sum(2) if b.dim() > 2 else b.contiguous()) if bias else None
+    a, b = (x.reshape(*x.shape[:2], math.prod(x.shape[2:])).contiguous() for x in (a, b))
+    found = _empty(a, m.num_channels, weight), _empty(a, m.num_channels, bias)
+    native.group_norm_gradients(a, b, m.num_groups, m.eps, *found)
+    return found
+
+
+def _empty(a: Tensor, n: int, wanted: bool) -> Tensor | None:
+    return a.new_empty(len(a), n, dtype=native.sum_dtype(a.dtype)) if wanted else None
 
 
 # How many dimensions a batch has, at least: with one less, its first dimension would not be records.

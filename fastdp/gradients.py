@@ -22,6 +22,9 @@ from fastdp import native
 ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51}
 
 
+# Output gradients are scaled so many numbers at once, 1 MiB of float32, while they are in the second-level cache.
+SCALED_AT_ONCE = 1 << 18
+
 # Of each parameter, in its shape: where sums are kept.
 Views = Mapping[Tensor, Tensor]
 
@@ -198,15 +201,21 @@ class Product(PerSample):
         if b.dim() == 3:
             factors = factors.repeat_interleave(b.shape[1])
             a, b = a.flatten(0, 1), b.flatten(0, 1)
+        out, sums = self.rows_of(views), None if self.bias is None else self.bias.rows_of(views)
+        at_once = max(256, SCALED_AT_ONCE // max(1, b.shape[1]))
+        for start in range(0, max(1, b.shape[0]), at_once):
+            rows = slice(start, start + at_once)
+            self._add_rows(a[rows], b[rows], factors[rows], out, sums, scratch, add or start > 0)
+
+    @staticmethod
+    def _add_rows(
+        a: Tensor, b: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None, scratch: Scratch, add: bool
+    ) -> None:
         scaled = scratch.rows(*b.shape)
-        sums = None if self.bias is None else self.bias.rows_of(views)
-        if sums is not None and add:
-            part = torch.empty_like(sums)
-            native.scale_rows(b, factors, scaled, part)
+        part = torch.empty_like(sums) if sums is not None and add else sums
+        native.scale_rows(b, factors, scaled, part)
+        if sums is not None and part is not None and add:
             sums += part
-        else:
-            native.scale_rows(b, factors, scaled, sums)
-        out = self.rows_of(views)
         if add:
             out.addmm_(scaled.t(), a)
         else:

@@ -66,6 +66,29 @@ def add_linear_sq_norms(a: Tensor, b: Tensor, bias: bool, out: Tensor) -> None:
     )
 
 
+def layer_norm_gradients(
+    a: Tensor, b: Tensor, eps: float, centre: bool, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    """Per-sample gradients [B, n] of a layer norm's weight and bias (RMS norm's: not centre) from a, b [B, P, n]."""
+    _check_same(a, b)
+    sizes, outs = _three(a), _addresses(a, weight, bias, a.shape[2])
+    _kernels.layer_norm_gradients(
+        a.data_ptr(), b.data_ptr(), DTYPES[a.dtype], *sizes, eps, centre, *outs, torch.get_num_threads()
+    )
+
+
+def group_norm_gradients(
+    a: Tensor, b: Tensor, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    """Per-sample gradients [B, C] of a group norm's weight and bias from a, b [B, C, P]."""
+    _check_same(a, b)
+    require(groups >= 1 and a.shape[1] % groups == 0, "groups", groups, f"a divisor of {a.shape[1]} channels")
+    sizes, outs = _three(a), _addresses(a, weight, bias, a.shape[1])
+    _kernels.group_norm_gradients(
+        a.data_ptr(), b.data_ptr(), DTYPES[a.dtype], *sizes, groups, eps, *outs, torch.get_num_threads()
+    )
+
+
 def clip_factors(
     sq_norms: Tensor, dtype: torch.dtype, scale: float, max_norm: float, gamma: float | None = None
 ) -> tuple[Tensor, int]:
@@ -217,6 +240,27 @@ def check_key(key: Tensor, step: int) -> None:
         found = f"{key.dtype}{list(key.shape)} on {key.device}"
         raise ArgumentError("key", found, "a contiguous uint8[32] tensor on cpu")
     require(0 <= step < 2**63, "step", step, "in [0, 2^63)")
+
+
+def _check_same(a: Tensor, b: Tensor) -> None:
+    check_rows("a", a, (3,))
+    if not a.is_contiguous() or not b.is_contiguous() or b.shape != a.shape or b.dtype != a.dtype or not b.is_cpu:
+        raise ArgumentError("b", f"{b.dtype}{list(b.shape)}", f"contiguous {a.dtype}{list(a.shape)}, as a")
+
+
+def _three(a: Tensor) -> tuple[int, int, int]:
+    return a.shape[0], a.shape[1], a.shape[2]
+
+
+def _addresses(a: Tensor, weight: Tensor | None, bias: Tensor | None, n: int) -> tuple[int, int]:
+    """Of results [B, n], or 0 of what is not wanted."""
+    for name, out in (("weight", weight), ("bias", bias)):
+        if out is not None and (
+            out.shape != (a.shape[0], n) or out.dtype != sum_dtype(a.dtype) or not out.is_contiguous()
+        ):
+            found = f"{out.dtype}{list(out.shape)}"
+            raise ArgumentError(name, found, f"contiguous {sum_dtype(a.dtype)}[{a.shape[0]}, {n}]")
+    return tuple(0 if out is None else out.data_ptr() for out in (weight, bias))  # type: ignore[return-value]
 
 
 def _row_stride(x: Tensor) -> int:
