@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from fastdp import native
 
+# Numbers of convolutions' per-sample gradients: 4 MiB of float32.
+FORMED_AT_ONCE: Final = 1 << 20
+
 Gradients = tuple[Tensor | None, Tensor | None]
 Formula = Callable[[Any, Tensor, Tensor, bool, bool], Gradients]  # module, a, b, weight and bias wanted
 
@@ -38,7 +41,10 @@ def convolution(m: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, b: Tensor, weig
             grad: Tensor = backward(g.unsqueeze(0), x.unsqueeze(0), w, None, *how, [False, True, False])[1]
             return grad
 
-        found = torch.func.vmap(one)(a, b)
+        # Not all at once: torch keeps its inputs and results in other layouts beside, twice what is asked for.
+        at_once = max(1, FORMED_AT_ONCE // w.numel())
+        parts = [torch.func.vmap(one)(x, g) for x, g in zip(a.split(at_once), b.split(at_once), strict=True)]
+        found = parts[0] if len(parts) == 1 else torch.cat(parts)
     return found, b.flatten(2).sum(2) if bias else None
 
 
