@@ -69,20 +69,17 @@ double gram_sq_norm(Rows<T> a, Rows<T> b, double* scratch) {
   double* of_b = scratch + panels(a.rows) * kPanel * a.n;
   pack_panels(a, scratch);
   pack_panels(b, of_b);
-  double total = 0.0;
+  f64v once{}, twice{};  // a panel's own square is there whole; what is below it, and is not above, counts twice
   for (int64_t panel = 0; panel < panels(a.rows); ++panel)
-    for (int64_t from = panel * kPanel; from < a.rows; from += kTileRows) {  // below the diagonal, and on it
-      f64v x[kTileRows][2], y[kTileRows][2];
+    for (int64_t from = panel * kPanel; from < a.rows; from += kTileRows) {
+      f64v x[kTileRows][2], y[kTileRows][2], sum{};
       gram_tile(scratch, a.n, from, panel, x);
       gram_tile(of_b, b.n, from, panel, y);
-      double sum = 0.0;
-      for (int r = 0; r < kTileRows; ++r)
-        for (int half = 0; half < 2; ++half) {
-          const f64v product = x[r][half] * y[r][half];
-          for (int lane = 0; lane < kDoubles; ++lane) sum += product[lane];
-        }
-      // A panel's own square is there whole; what is below it, and is not above the diagonal, counts twice.
-      total += from < (panel + 1) * kPanel ? sum : 2.0 * sum;
+      for (int r = 0; r < kTileRows; ++r) sum += x[r][0] * y[r][0] + x[r][1] * y[r][1];
+      (from < (panel + 1) * kPanel ? once : twice) += sum;
     }
+  once += 2.0 * twice;
+  double total = 0.0;
+  for (int lane = 0; lane < kDoubles; ++lane) total += once[lane];
   return total < 0.0 ? 0.0 : total;  // below zero only by rounding; a NaN stays a NaN
 }
