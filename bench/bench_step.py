@@ -1,91 +1,43 @@
-"""One optimiser step, forward and backward included, against the same step of plain PyTorch."""
+"""One optimiser step, forward and backward included, against the same step of plain PyTorch.
+
+`pytest --benchmark-only bench/bench_step.py` takes fastdp on all models, and its peers where they are quick. For all
+peers on all models, their memory, a table and a figure,
+
+    python bench/bench_step.py steps.json steps.svg
+
+takes some 10 minutes on 2 cores, and a tenth of the rounds with 0.1 as a third argument. Each peer runs on each model
+in a process of its own, interleaved with plain PyTorch on the same batches.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from step_memory import peak_bytes
+from step_models import MODELS
+from step_peers import PEERS, TooLarge, Trainer, fastdp, plain, sgd
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from fastdp import PrivacyEngine
-from fastdp.examples import mnist
+from fastdp import _kernels
 
+SECONDS = 4.0  # of timed rounds for a peer on a model
+THREADS = (1, 2)
 
-def mlp(*sizes: int) -> nn.Module:
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def transformer() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(128, 4, dim_feedforward=256, dropout=0.0, batch_first=True)
-    return nn.Sequential(
-        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(64 * 128, 10)
-    )
-
-
-class Residual(nn.Module):
-    """Two 3x3 convolutions with GroupNorm, and the input beside them (He et al. 2016, arXiv:1512.03385)."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.convolutions = nn.Sequential(
-            nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
-            nn.GroupNorm(8, out),
-            nn.ReLU(),
-            nn.Conv2d(out, out, 3, padding=1, bias=False),
-            nn.GroupNorm(8, out),
-        )
-        self.beside = nn.Identity() if stride == 1 else nn.Conv2d(channels, out, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.convolutions(x) + self.beside(x))
-
-
-def resnet8() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        nn.GroupNorm(8, 16),
-        nn.ReLU(),
-        Residual(16, 16, 1),
-        Residual(16, 32, 2),
-        Residual(32, 64, 2),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, 10),
-    )
-
-
-class LastOutput(nn.Module):
-    """A classifier of sequences [B, T, 128]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recurrent, self.head = nn.LSTM(128, 128, batch_first=True), nn.Linear(128, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.recurrent(x)[0][:, -1])
-
-
-# The model, the shape of a record, classes, batch size.
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
-    "64-256-256-2": (lambda: mlp(64, 256, 256, 2), (64,), 2, 512),
-    "784-1024-1024-10": (lambda: mlp(784, 1024, 1024, 10), (784,), 10, 256),
-    "9-50-2": (lambda: mlp(9, 50, 2), (9,), 2, 256),
-    "CNN": (mnist.build_model, (1, 28, 28), 10, 240),
-    "ResNet-8": (resnet8, (3, 32, 32), 10, 64),
-    "Transformer": (transformer, (64, 128), 10, 64),
-    "LSTM": (LastOutput, (50, 128), 10, 64),
-}
-
-
-def sgd(module: nn.Module) -> torch.optim.SGD:
-    return torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+Found = dict[str, dict[str, dict[str, Any]]]  # by model and peer
 
 
 def adam(module: nn.Module) -> torch.optim.Adam:
@@ -100,94 +52,211 @@ def unfused_adam(module: nn.Module) -> torch.optim.Adam:
     return Unfused(module.parameters(), lr=0.001)
 
 
-def take_step(module: nn.Module, optimizer: torch.optim.Optimizer, criterion, x: Tensor, y: Tensor) -> None:
-    optimizer.zero_grad()
-    criterion(module(x), y).backward()
-    optimizer.step()
+def unwatched(batch: list[Tensor]) -> list[Tensor]:
+    """For the plain step: fastdp writes down what is done to some of its loader's batches."""
+    return [x.as_subclass(Tensor) for x in batch]
 
 
-def records_for(name: str) -> TensorDataset:
-    _, shape, classes, batch = MODELS[name]
-    return TensorDataset(torch.randn(40 * batch, *shape), torch.randint(0, classes, (40 * batch,)))
+WITH_ADAM = "MLP 784-1024-1024-10"
+ROUNDS = dict.fromkeys(MODELS, 30) | {"MLP 64-256-256-2": 100, "MLP 9-50-1": 100, "ResNet-8": 15, "LSTM": 6}
 
 
-def forever(loader) -> Iterator[tuple[Tensor, Tensor]]:
-    while True:
-        yield from loader
-
-
-def rounds_for(name: str) -> int:
-    return 30 if name in ("784-1024-1024-10", "CNN") else 100
-
-
-def make_private(name: str, make):
-    build, _, _, batch = MODELS[name]
-    module = build()
-    module, optimizer, loader = PrivacyEngine().make_private(
-        module=module,
-        optimizer=make(module),
-        data_loader=DataLoader(records_for(name), batch_size=batch),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
-    return module, optimizer, forever(loader)
-
-
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.parametrize(("name", "make"), [*((name, sgd) for name in MODELS), ("784-1024-1024-10", adam)])
-def bench_step_against_torch(pair, name: str, make, threads: int) -> None:
-    plain = MODELS[name][0]()
-    plain_optimizer = make(plain)
-    private, optimizer, stream = make_private(name, make)
+@pytest.mark.parametrize("threads", THREADS, indirect=True)
+@pytest.mark.parametrize(("name", "make"), [*((name, sgd) for name in MODELS), (WITH_ADAM, adam)])
+def bench_step_against_torch(pair, benchmark, name: str, make, threads: int) -> None:
+    theirs, ours = plain(MODELS[name], make), fastdp(MODELS[name], make)
     pair(
-        lambda x, y: take_step(plain, plain_optimizer, F.cross_entropy, x, y),
-        lambda x, y: take_step(private, optimizer, F.cross_entropy, x, y),
-        lambda: next(stream),
-        rounds=rounds_for(name),
+        lambda batch: theirs.step(*unwatched(batch)),
+        lambda batch: ours.step(*batch),
+        lambda: (next(ours.batches),),
+        rounds=ROUNDS[name],
     )
+    if threads == 1 and make is sgd:  # memory is the same with more
+        benchmark.extra_info |= memory(name, "fastdp")
 
 
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("threads", THREADS, indirect=True)
 def bench_adam_step_against_the_unfused_one(pair, threads: int) -> None:
-    name = "784-1024-1024-10"
-    fused, fused_optimizer, stream = make_private(name, adam)
-    unfused, unfused_optimizer, other = make_private(name, unfused_adam)
+    fused, unfused = fastdp(MODELS[WITH_ADAM], adam), fastdp(MODELS[WITH_ADAM], unfused_adam)
     pair(
-        lambda _, batch: take_step(unfused, unfused_optimizer, F.cross_entropy, *batch),
-        lambda batch, _: take_step(fused, fused_optimizer, F.cross_entropy, *batch),
-        lambda: (next(stream), next(other)),
-        rounds=rounds_for(name),
+        lambda _, batch: unfused.step(*batch),
+        lambda batch, _: fused.step(*batch),
+        lambda: (next(fused.batches), next(unfused.batches)),
+        rounds=ROUNDS[WITH_ADAM],
     )
 
 
 @pytest.mark.filterwarnings("ignore")  # Opacus's own
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
-@pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.parametrize("name", ["64-256-256-2", "784-1024-1024-10", "CNN"])
-def bench_step_of_opacus_against_torch(pair, name: str, threads: int, mode: str) -> None:
-    opacus = pytest.importorskip("opacus")
-    build, _, _, batch = MODELS[name]
-    plain, private = build(), build()
-    plain_optimizer = sgd(plain)
-    loader = DataLoader(records_for(name), batch_size=batch)
-    criterion = nn.CrossEntropyLoss()
-    made = opacus.PrivacyEngine().make_private(
-        module=private,
-        optimizer=sgd(private),
-        data_loader=loader,
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        poisson_sampling=False,
-        grad_sample_mode=mode,
-        **({"criterion": criterion} if mode == "ghost" else {}),
+@pytest.mark.parametrize("threads", THREADS, indirect=True)
+@pytest.mark.parametrize(
+    ("peer", "name"),
+    [
+        ("Opacus ghost", "MLP 784-1024-1024-10"),
+        ("Opacus ghost", "MLP 64-256-256-2"),
+        ("Opacus ghost", "CNN"),
+        ("Opacus hooks", "CNN"),
+        ("torch.func", "CNN"),
+    ],
+)
+def bench_step_of_peers_against_torch(pair, peer: str, name: str, threads: int) -> None:
+    if peer.startswith("Opacus"):
+        pytest.importorskip("opacus")
+    theirs, ours = plain(MODELS[name]), PEERS[peer](MODELS[name])
+    pair(theirs.step, ours.step, lambda: next(ours.batches), rounds=ROUNDS[name])
+
+
+def memory(name: str, peer: str) -> dict[str, Any]:
+    """Peaks in bytes and their ratio, on batches of one size."""
+    model = MODELS[name]
+    len(model.records)  # made now, so that they are not counted
+    base = peak_bytes(lambda: plain(model))
+    own = peak_bytes(lambda: fastdp(model, poisson_sampling=False) if peer == "fastdp" else PEERS[peer](model))
+    return {"bytes": own, "plain_bytes": base, "bytes_ratio": own / base}
+
+
+def race(ours: Trainer, theirs: Trainer, seconds: float) -> dict[str, Any]:
+    """Median seconds of interleaved steps on the same batches: at least 5, as many as fit, at most 200."""
+    times: tuple[list[float], list[float]] = ([], [])
+    warmup, end = 2, float("inf")
+    while len(times[0]) < warmup + 5 or (time.perf_counter() < end and len(times[0]) < 200):
+        if len(times[0]) == warmup:
+            end = time.perf_counter() + seconds
+        batch = next(ours.batches)
+        for taken, trainer, given in ((times[0], theirs, unwatched(batch)), (times[1], ours, batch)):
+            start = time.perf_counter()
+            trainer.step(*given)
+            taken.append(time.perf_counter() - start)
+    base, own = (statistics.median(taken[warmup:]) for taken in times)
+    return {"seconds": own, "plain_seconds": base, "ratio": own / base, "rounds": len(times[0]) - warmup}
+
+
+def measure(name: str, peer: str, seconds: float) -> dict[str, Any]:
+    """A peer on a model, or why not."""
+    warnings.simplefilter("ignore")
+    try:
+        found = memory(name, peer)
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            found[f"threads {threads}"] = race(PEERS[peer](MODELS[name]), plain(MODELS[name]), seconds / len(THREADS))
+        return found
+    except TooLarge as reason:
+        return {"not run": str(reason)}
+    except Exception as error:
+        return {"not run": type(error).__name__, "error": str(error)}
+
+
+def measure_all(seconds: float) -> Found:
+    from rich.progress import Progress
+
+    found: Found = {name: {} for name in MODELS}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # until set_num_threads
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler says when it starts and stops
+    context = multiprocessing.get_context("spawn")
+    with Progress() as bar:
+        task = bar.add_task("", total=len(MODELS) * len(PEERS))
+        for name, peer in itertools.product(MODELS, PEERS):
+            bar.update(task, description=f"{name}: {peer}")
+            with ProcessPoolExecutor(1, context) as pool:
+                try:
+                    entry = pool.submit(measure, name, peer, seconds).result()
+                except BrokenProcessPool as error:  # killed, for memory perhaps
+                    entry = {"not run": "its process ended", "error": str(error)}
+            found[name][peer] = entry
+            bar.console.print(f"{name}: {peer}: {cell(entry)}")
+            bar.advance(task)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    information = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(": ")[2] for line in information.splitlines() if line.startswith("model name")]
+    versions = {name: metadata.version(name) for name in ("torch", "opacus")}
+    return {"processor": names[0] if names else "", "cores": os.cpu_count(), "isa": _kernels.isa(), **versions}
+
+
+def print_table(found: Found) -> None:
+    """Markdown: time as ratios at 1 / 2 threads, and memory as a ratio."""
+    print("| one step, ratio to plain PyTorch: time at 1 / 2 threads, memory |", " | ".join(PEERS), "|")
+    print("|---" * (1 + len(PEERS)) + "|")
+    for name, by_peer in found.items():
+        print(f"| {name}, batch {MODELS[name].batch} |", " | ".join(map(cell, by_peer.values())), "|")
+    for name, by_peer in found.items():
+        for peer, entry in by_peer.items():
+            if "error" in entry:
+                print(f"{name}, {peer}: {entry['not run']}: {entry['error']}")
+
+
+def cell(entry: dict[str, Any]) -> str:
+    if "not run" in entry:
+        return f"not run: {entry['not run']}"
+    time_ratios = " / ".join(shown(entry[f"threads {threads}"]["ratio"]) for threads in THREADS)
+    return f"{time_ratios}, {shown(entry['bytes_ratio'])}"
+
+
+def shown(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 2 else f"{ratio:.1f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+COLORS = dict(zip(PEERS, ("#1f6fb4", "#8fb573", "#e0a458", "#b58db6"), strict=True))
+
+
+def draw(found: Found, title: str, figure: Path) -> None:
+    """Bars of the ratio at 2 threads, from 1; on white, or a dark page would swallow the text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "fastdp", "svg.fonttype": "path"}
+    _, axes = plt.subplots(figsize=(8, 9))
+    ratios = [ratio for place, by_peer in enumerate(found.values()) for ratio in draw_bars(axes, by_peer, place)]
+    axes.set_xscale("log")
+    axes.set_xlim(0.9 * min(ratios), 1.4 * max(ratios))
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    axes.minorticks_off()
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(found)), [f"{name}\nbatch {MODELS[name].batch}" for name in found])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("time of one training step, as a multiple of plain PyTorch's without privacy (log scale)")
+    axes.set_title(title, fontsize=10, pad=28)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()],
+        COLORS,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=len(COLORS),
+        frameon=False,
     )
-    private, optimizer = made[0], made[1]
-    if mode == "ghost":
-        criterion = made[2]
-    stream = forever(loader)
-    pair(
-        lambda x, y: take_step(plain, plain_optimizer, F.cross_entropy, x, y),
-        lambda x, y: take_step(private, optimizer, criterion, x, y),
-        lambda: next(stream),
-        rounds=rounds_for(name) if mode == "ghost" else 8,
-    )
+    dateless = {"metadata": {"Date": None}} if figure.suffix == ".svg" else {}
+    plt.savefig(figure, bbox_inches="tight", facecolor="white", **dateless)
+
+
+def draw_bars(axes: Any, by_peer: dict[str, dict[str, Any]], place: int) -> list[float]:
+    """A model's bars, each with its number; returns these, and 1."""
+    height, ratios = 0.8 / len(PEERS), [1.0]
+    for number, peer in enumerate(PEERS):
+        entry, y = by_peer[peer], place + (number - (len(PEERS) - 1) / 2) * height
+        if "not run" in entry:
+            axes.text(1.04, y, f"not run: {entry['not run']}", va="center", fontsize=8, color="dimgray")
+            continue
+        ratio = entry["threads 2"]["ratio"]
+        ratios.append(ratio)
+        axes.barh(y, ratio - 1.0, height, left=1.0, color=COLORS[peer])
+        weight = "bold" if peer == "fastdp" else "normal"
+        axes.text(max(ratio, 1.0) * 1.04, y, shown(ratio), va="center", fontsize=8, weight=weight)
+    return ratios
+
+
+def main(results: Path, figure: Path, seconds: float) -> None:
+    on = machine()
+    found = measure_all(seconds)
+    results.write_text(json.dumps({"machine": on, "steps": found}, indent=1) + "\n", encoding="utf-8")
+    print_table(found)
+    title = f"One step at 2 threads, torch {on['torch']}, {on['processor']} with {on['isa'].upper()}"
+    draw(found, title, figure)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), SECONDS * float((sys.argv[3:] or ["1"])[0]))
