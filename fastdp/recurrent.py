@@ -1,10 +1,4 @@
-"""Per-sample gradients of nn.LSTM, nn.GRU and nn.RNN, from the gradients of their gates.
-
-Before its nonlinearity a gate is W_ih x_t + b_ih + W_hh h_(t-1) + b_hh, so that a layer is two linear layers on
-sequences. With g_t the gate's gradient, those of record i are sum_t g_it x_it^T and sum_t g_it h_i(t-1)^T, and sum_t
-g_it for both biases. torch's own functions do not give g_t, so both ways through time are made here, of the same
-products. How g_t depends on the gradient of h_t is a factor for each element, made for all t at once; what the backward
-has to do one t after the other is a few products of elements and one with W_hh.
+"""Per-sample gradients of nn.LSTM, nn.GRU and nn.RNN, from the gradients of their gates: fastdp/gates.py makes those.
 
 No record's gates depend on other records, whatever the options are, so nothing is checked as in fastdp/persample.py.
 """
@@ -13,195 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Container
-from typing import Any, Final
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastdp.errors import PrivacyError
+from fastdp.gates import WAYS, Sums, Way
 from fastdp.gradients import Formed, PerSample, Product
 from fastdp.layers import Hooks
 from fastdp.persample import Use
-
-sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-
-# Of a weight and its bias, by their kind: a [B, T, I] and g [B, T, O] of which sum_t g_t a_t^T is the gradient.
-Sums = dict[str, tuple[Tensor, Tensor]]
-
-
-def tanh_(x: Tensor) -> Tensor:
-    """In place; torch's goes row by row where rows lie apart (100 us for [64, 128], where packed it is 33)."""
-    return x.copy_(x.contiguous().tanh_())
-
-
-class Way:
-    """One layer in one direction: x [B, T, I] to y [B, T, P], in the order of the input; P = H, or proj_size.
-
-    weights: weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, as far as it has them; states: h [B, P], and c [B, H] of
-    an LSTM, before the first time.
-    """
-
-    def __init__(self, weights: dict[str, Tensor], x: Tensor, states: list[Tensor], is_reverse: bool) -> None:
-        self.weights, self.x, self.states, self.is_reverse = weights, x, states, is_reverse
-
-    def forward(self, y: Tensor) -> list[Tensor]:
-        """Fill y; the states after the last time."""
-        raise NotImplementedError
-
-    def backward(self, b: Tensor, gradients: list[Tensor]) -> Sums:
-        """b: of y. gradients: those of the last states become those of the first. What forward kept is used up."""
-        raise NotImplementedError
-
-    def before(self, states: Tensor, first: Tensor) -> Tensor:
-        """[B, T, P] of what came after each time -> of what was before it."""
-        first = first.unsqueeze(1)
-        return torch.cat([states[:, 1:], first] if self.is_reverse else [first, states[:, :-1]], 1)
-
-    def times(self, *sequences: Tensor) -> list[tuple[Tensor, ...]]:
-        """What sequences hold at each time, in the order of the forward."""
-        steps = list(zip(*(s.unbind(1) for s in sequences), strict=True))
-        return steps[::-1] if self.is_reverse else steps
-
-    def linear(self, x: Tensor, *biases: str) -> Tensor:
-        """W_ih x + biases [B, T, gates H]"""
-        found = [self.weights[key] for key in biases if key in self.weights]
-        return F.linear(x, self.weights["weight_ih"], sum(found[1:], found[0]) if found else None)
-
-
-class Lstm(Way):
-    """Gates i, f, g, o; c_t = f c_(t-1) + i g; h_t = o tanh(c_t), or W_hr times that."""
-
-    def forward(self, y: Tensor) -> list[Tensor]:
-        (h, c), w_hh, w_hr = self.states, self.weights["weight_hh"].t(), self.weights.get("weight_hr")
-        self.gates = self.linear(self.x, "bias_ih", "bias_hh")
-        each = self.gates.unflatten(2, (4, -1))
-        i, f, g, o = each.unbind(2)
-        # Each time packed, for tanh; m = tanh(c).
-        self.c, self.m = i.new_empty(2, i.shape[1], len(i), i.shape[2]).transpose(1, 2)
-        for t, i_f, i_t, f_t, g_t, o_t, c_t, m_t, y_t in self.times(
-            self.gates, each[:, :, :2], i, f, g, o, self.c, self.m, y
-        ):
-            t.addmm_(h, w_hh)
-            i_f.sigmoid_()
-            tanh_(g_t)
-            o_t.sigmoid_()
-            torch.mul(i_t, g_t, out=c_t).addcmul_(f_t, c)
-            torch.tanh(c_t, out=m_t)
-            if w_hr is None:
-                torch.mul(m_t, o_t, out=y_t)
-            else:
-                torch.mm(m_t * o_t, w_hr.t(), out=y_t)
-            h, c = y_t, c_t
-        self.h = self.before(y, self.states[0])
-        return [h, c]
-
-    def backward(self, b: Tensor, gradients: list[Tensor]) -> Sums:
-        (dh, dc), w_hh, w_hr = gradients, self.weights["weight_hh"], self.weights.get("weight_hr")
-        each = self.gates.unflatten(2, (4, -1))
-        i, f, g, o = each.unbind(2)
-        forget, m = f.clone(), self.m if w_hr is None else o * self.m
-        dy = b if w_hr is None else torch.empty_like(b)
-        # From here on, the gates are what the gradients of c_t are multiplied by, or those of m_t for the last one.
-        of_i, of_c = sigmoid_backward(g, i), tanh_backward(o, self.m)
-        tanh_backward(i, g, grad_input=g)
-        sigmoid_backward(self.before(self.c, self.states[1]), f, grad_input=f)
-        sigmoid_backward(self.m, o, grad_input=o)
-        i.copy_(of_i)
-        for t, ifg, o_t, f_t, of_c_t, b_t, dy_t in reversed(
-            self.times(self.gates, each[:, :, :3], o, forget, of_c, b, dy)
-        ):
-            dh += b_t
-            dm = dh if w_hr is None else dy_t.copy_(dh) @ w_hr
-            dc.addcmul_(dm, of_c_t)
-            ifg *= dc.unsqueeze(1)
-            o_t *= dm
-            dc *= f_t
-            torch.mm(t, w_hh, out=dh)
-        sums = {"ih": (self.x, self.gates), "hh": (self.h, self.gates)}
-        return sums if w_hr is None else {**sums, "hr": (m, dy)}
-
-
-class Gru(Way):
-    """Gates r, z; n = tanh(W_in x_t + b_in + r q) where q = W_hn h_(t-1) + b_hn; h_t = (1 - z) n + z h_(t-1)."""
-
-    def forward(self, y: Tensor) -> list[Tensor]:
-        (h,), w_hh, bias = self.states, self.weights["weight_hh"].t(), self.weights.get("bias_hh")
-        self.of_x = self.linear(self.x, "bias_ih")
-        self.of_h = torch.empty_like(self.of_x)
-        size = w_hh.shape[1] // 3
-        r_z, n = self.of_x.split([2 * size, size], 2)
-        by_r_z, q = self.of_h.split([2 * size, size], 2)
-        r, z = r_z.chunk(2, 2)
-        for t, r_z_t, by_r_z_t, r_t, z_t, n_t, q_t, y_t in self.times(self.of_h, r_z, by_r_z, r, z, n, q, y):
-            torch.mm(h, w_hh, out=t) if bias is None else torch.addmm(bias, h, w_hh, out=t)
-            r_z_t.add_(by_r_z_t).sigmoid_()
-            tanh_(n_t.addcmul_(r_t, q_t))
-            h = torch.lerp(n_t, h, z_t, out=y_t)
-        self.h = self.before(y, self.states[0])
-        return [h]
-
-    def backward(self, b: Tensor, gradients: list[Tensor]) -> Sums:
-        (dh,), w_hh = gradients, self.weights["weight_hh"]
-        each = self.of_h.unflatten(2, (3, -1))
-        r, z, n = self.of_x.unflatten(2, (3, -1)).unbind(2)
-        by_r, by_z, q = each.unbind(2)
-        # From here on, `of_h` and n are what the gradient of h_t is multiplied by.
-        sigmoid_backward(self.h - n, z, grad_input=by_z)
-        tanh_backward(1 - z, n, grad_input=n)
-        sigmoid_backward(n * q, r, grad_input=by_r)
-        torch.mul(n, r, out=q)
-        for t, r_z_n, n_t, z_t, b_t in reversed(self.times(self.of_h, each, n, z, b)):
-            dh += b_t
-            r_z_n *= dh.unsqueeze(1)
-            n_t *= dh
-            dh.mul_(z_t).addmm_(t, w_hh)
-        r.copy_(by_r)
-        z.copy_(by_z)
-        return {"ih": (self.x, self.of_x), "hh": (self.h, self.of_h)}
-
-
-class Tanh(Way):
-    """h_t = tanh(gate)."""
-
-    def forward(self, y: Tensor) -> list[Tensor]:
-        (h,), w_hh = self.states, self.weights["weight_hh"].t()
-        self.gates = self.linear(self.x, "bias_ih", "bias_hh")
-        for t, y_t in self.times(self.gates, y):
-            h = y_t.copy_(self.nonlinear(t.addmm_(h, w_hh)))
-        self.h = self.before(y, self.states[0])
-        return [h]
-
-    def backward(self, b: Tensor, gradients: list[Tensor]) -> Sums:
-        (dh,) = gradients
-        self.differentiate(self.gates)
-        for t, b_t in reversed(self.times(self.gates, b)):
-            t *= dh.add_(b_t)
-            torch.mm(t, self.weights["weight_hh"], out=dh)
-        return {"ih": (self.x, self.gates), "hh": (self.h, self.gates)}
-
-    def nonlinear(self, gate: Tensor) -> Tensor:
-        return tanh_(gate)
-
-    def differentiate(self, h: Tensor) -> None:
-        h.square_().neg_().add_(1)
-
-
-class Relu(Tanh):
-    def nonlinear(self, gate: Tensor) -> Tensor:
-        return gate.relu_()
-
-    def differentiate(self, h: Tensor) -> None:
-        h.gt_(0)
-
-
-WAYS: Final[dict[str, tuple[Callable[..., Any], type[Way]]]] = {
-    "LSTM": (torch.lstm, Lstm),
-    "GRU": (torch.gru, Gru),
-    "RNN_TANH": (torch.rnn_tanh, Tanh),
-    "RNN_RELU": (torch.rnn_relu, Relu),
-}
 
 
 @dataclasses.dataclass(eq=False)
