@@ -19,8 +19,8 @@ namespace fastdp::FASTDP_ISA {
 #include "sample-simd.h"
 
 template <class T>
-constexpr TypedKernels<T> typed_kernels = {sum_squares<T>, square_rows<T>,  accumulate_rows<T>,
-                                           scale_rows<T>,  gram_sq_norm<T>, add_noise<T>};
+constexpr TypedKernels<T> typed_kernels = {sum_squares<T>,  square_rows<T>, accumulate_rows<T>, scale_rows<T>,
+                                           gram_sq_norm<T>, add_noise<T>,   add_secure_noise<T>};
 
 #define FASTDP_STRING_(x) #x
 #define FASTDP_STRING(x) FASTDP_STRING_(x)
