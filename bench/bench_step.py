@@ -108,7 +108,7 @@ def rounds_for(name: str) -> int:
     return 30 if name in ("784-1024-1024-10", "CNN") else 100
 
 
-def make_private(name: str, make):
+def make_private(name: str, make, secure_mode: bool = False):
     build, _, _, batch = MODELS[name]
     module = build()
     module, optimizer, loader = PrivacyEngine().make_private(
@@ -117,6 +117,7 @@ def make_private(name: str, make):
         data_loader=DataLoader(records_for(name), batch_size=batch),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
+        secure_mode=secure_mode,
     )
     return module, optimizer, forever(loader)
 
@@ -143,6 +144,20 @@ def bench_adam_step_against_the_unfused_one(pair, threads: int) -> None:
     pair(
         lambda _, batch: take_step(unfused, unfused_optimizer, F.cross_entropy, *batch),
         lambda batch, _: take_step(fused, fused_optimizer, F.cross_entropy, *batch),
+        lambda: (next(stream), next(other)),
+        rounds=rounds_for(name),
+    )
+
+
+@pytest.mark.parametrize("make", [sgd, adam])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def bench_secure_step_against_the_usual_one(pair, make, threads: int) -> None:
+    name = "784-1024-1024-10"
+    usual, usual_optimizer, stream = make_private(name, make)
+    secure, secure_optimizer, other = make_private(name, make, secure_mode=True)
+    pair(
+        lambda batch, _: take_step(usual, usual_optimizer, F.cross_entropy, *batch),
+        lambda _, batch: take_step(secure, secure_optimizer, F.cross_entropy, *batch),
         lambda: (next(stream), next(other)),
         rounds=rounds_for(name),
     )
