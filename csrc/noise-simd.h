@@ -58,8 +58,8 @@ void add_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std
 }
 
 // Hardening against attacks on floating-point noise, nothing that is proven. The sum (Holohan & Braghin 2021,
-// arXiv:2107.10138, n = 2) has too many words in it to search for those that made it. The grid leaves no trace of the
-// low-order bits of x and of the noise, which Mironov (2012) reads: what can come out is the same for every x.
+// arXiv:2107.10138, n = 2) has too many words in it to search for those that made it. The grid hides the low-order
+// bits of x and of the noise, which Mironov (2012) reads: within the noise's reach, every x gives the same multiples.
 template <class T>
 void add_secure_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, double grid) {
   const double half = 0.5 * std;

@@ -135,7 +135,7 @@ template <class T>
 void secure_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, int threads) {
   if (std == 0.0) return;
   // Fine against the noise: rounding adds 2^-20 / 12 = 8e-8 of its variance. Coarse against the steps of four float32
-  // normals, at most 2^-22 of std each, and of float32 sums: 2^24 grids, which float32 holds exactly, are 2^13 std or
+  // normals, at most 2^-21 of std each, and of float32 sums: 2^24 grids, which float32 holds exactly, are 2^13 std or
   // more either way. Beyond, it rounds once more, to multiples of 2, 4, ... grids: post-processing too.
   const double grid = std::ldexp(1.0, std::ilogb(std) - 10);
   parallel_parts(threads, noise_parts(n, first), [&](int64_t part) {

@@ -141,8 +141,8 @@ def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int, secure
     """x [...] += std * N(offset + i).
 
     secure: of noise that is the sum of four normals over 2, formed in float64 and rounded to a multiple of the largest
-    power of two <= std / 1024 (Holohan & Braghin 2021, arXiv:2107.10138; Mironov 2012): hardening, no guarantee. Of
-    more than 2^24 such multiples, x's dtype holds every second, fourth, ... only; a zero has no sign.
+    power of two <= std / 1024 (Holohan & Braghin 2021, arXiv:2107.10138; Mironov 2012): hardening, no guarantee.
+    Beyond 2^24 of them float32 (2^8: bfloat16) holds every second, fourth, ... only; a zero has no sign.
     """
     require(x.dtype in DTYPES, "x.dtype", x.dtype, "float32, bfloat16 or float64")
     require(x.is_contiguous(), "x.stride()", x.stride(), "contiguous")
