@@ -80,6 +80,19 @@ def bench_linear_sq_norms_against_torch(pair, benchmark, rows, inputs: int, outp
     benchmark.extra_info["GB_per_s"] = (a.nbytes + b.nbytes) / benchmark.stats.stats.median / 1e9
 
 
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def bench_secure_noise_against_the_usual(pair, benchmark, threads: int) -> None:
+    key = ops.random_key()
+    x = torch.zeros(2_000_000)
+    steps = iter(range(1000))
+    pair(
+        lambda s: native.add_noise(x, 1.0, key, s, 0),
+        lambda s: native.add_noise(x, 1.0, key, s, 0, secure=True),
+        lambda: (next(steps),),
+    )
+    benchmark.extra_info["million_values_per_s"] = x.numel() / benchmark.stats.stats.median / 1e6
+
+
 def clip_with_torch(g: torch.Tensor) -> torch.Tensor:
     factors = (1.0 / torch.linalg.vector_norm(g, dim=1)).clamp(max=1.0)
     return torch.mv(g.t(), factors)

@@ -86,6 +86,17 @@ def bench_adam_step_against_the_unfused_one(pair, threads: int) -> None:
     )
 
 
+@pytest.mark.parametrize("threads", THREADS, indirect=True)
+def bench_secure_step_against_the_usual_one(pair, threads: int) -> None:
+    usual, secure = (fastdp(MODELS[WITH_ADAM], secure_mode=on) for on in (False, True))
+    pair(
+        lambda batch, _: usual.step(*batch),
+        lambda _, batch: secure.step(*batch),
+        lambda: (next(usual.batches), next(secure.batches)),
+        rounds=ROUNDS[WITH_ADAM],
+    )
+
+
 @pytest.mark.filterwarnings("ignore")  # Opacus's own
 @pytest.mark.parametrize("threads", THREADS, indirect=True)
 @pytest.mark.parametrize(

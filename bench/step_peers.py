@@ -75,7 +75,9 @@ def plain(model: Model, make: MakeOptimizer = sgd) -> Trainer:
     return Trainer(module, optimizer, drawn(model), usual_step(module, optimizer, model.criterion()))
 
 
-def fastdp(model: Model, make: MakeOptimizer = sgd, poisson_sampling: bool = True) -> Trainer:
+def fastdp(
+    model: Model, make: MakeOptimizer = sgd, poisson_sampling: bool = True, secure_mode: bool = False
+) -> Trainer:
     module = model.build()
     module, optimizer, loader = PrivacyEngine().make_private(
         module=module,
@@ -84,6 +86,7 @@ def fastdp(model: Model, make: MakeOptimizer = sgd, poisson_sampling: bool = Tru
         noise_multiplier=1.0,
         max_grad_norm=1.0,
         poisson_sampling=poisson_sampling,
+        secure_mode=secure_mode,
     )
     return Trainer(module, optimizer, forever(loader), usual_step(module, optimizer, model.criterion()))
 

@@ -187,6 +187,13 @@ void bind_noise(py::module_& m) {
         with_type(dtype, [&](auto t) { gaussian_noise(at<decltype(t)>(x), n, s, first, std, threads); });
       },
       Release());
+  m.def(
+      "secure_noise",
+      [](Address x, DType dtype, int64_t n, double std, Address key, int64_t step, int64_t first, int threads) {
+        const Stream s = stream(key, Domain::secure_noise, step);
+        with_type(dtype, [&](auto t) { secure_noise(at<decltype(t)>(x), n, s, first, std, threads); });
+      },
+      Release());
   m.def("poisson_sample", [](int64_t n, double rate, Address key, int64_t step) {
     const Stream s = stream(key, Domain::sampling, step);
     std::vector<int64_t> ids;

@@ -13,7 +13,15 @@ struct bf16 {
 enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
 
 // One use of the generator per domain: a key never gives the same words to two purposes (P2).
-enum class Domain : uint32_t { sampling = 1, noise = 2, statistics = 3, initialisation = 4, noise_tail = 5 };
+enum class Domain : uint32_t {
+  sampling = 1,
+  noise = 2,
+  statistics = 3,
+  initialisation = 4,
+  noise_tail = 5,
+  secure_noise = 6,
+  secure_noise_tail = 7
+};
 
 // The words of one stream are ChaCha20(key, nonce = (domain, step)), counted from block 0.
 struct Stream {

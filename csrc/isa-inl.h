@@ -22,7 +22,7 @@ namespace fastdp::FASTDP_ISA {
 template <class T>
 constexpr TypedKernels<T> typed_kernels = {sum_squares<T>,          square_rows<T>,  accumulate_rows<T>,
                                            scale_rows<T>,           gram_sq_norm<T>, layer_norm_gradients<T>,
-                                           group_norm_gradients<T>, add_noise<T>};
+                                           group_norm_gradients<T>, add_noise<T>,    add_secure_noise<T>};
 
 #define FASTDP_STRING_(x) #x
 #define FASTDP_STRING(x) FASTDP_STRING_(x)

@@ -12,6 +12,11 @@ namespace fastdp {
 // takes 64 bits (normal.h), the low ones are word p of the block of the same number in Domain::noise_tail.
 constexpr int64_t kChunk = 256;
 
+// Secure noise S(i) is the sum of four normals of Domain::secure_noise (and its tail's domain), numbers i + j 2^50,
+// over 2: variance 1. The four are of different blocks, and no word is used by the usual noise.
+constexpr int kSecureNormals = 4;
+constexpr uint64_t kSecureApart = uint64_t{1} << 50;
+
 // Records of one sampling block: they are drawn from a stream of their own, so a block can be drawn alone.
 constexpr int64_t kSampleBlock = 4096;
 
@@ -70,6 +75,8 @@ struct TypedKernels {
   void (*group_norm_gradients)(Rows<T> a, Rows<T> b, int64_t group, double eps, Sum* weight, Sum* bias);
   // x[i] += std * N(first + i)
   void (*add_noise)(T* x, int64_t n, const Stream& stream, uint64_t first, double std);
+  // x[i] = x[i] + std * S(first + i) in double, rounded to a multiple of `grid`, a power of two
+  void (*add_secure_noise)(T* x, int64_t n, const Stream& stream, uint64_t first, double std, double grid);
 };
 
 template <class T>

@@ -4,7 +4,7 @@
 // takes neither registers nor room from the usual case.
 [[gnu::noinline]] inline void refine_ends(const Stream& s, uint64_t first, const u32v (&x)[16], f32v (&t)[8]) {
   Stream tail = s;
-  tail.domain = Domain::noise_tail;
+  tail.domain = s.domain == Domain::noise ? Domain::noise_tail : Domain::secure_noise_tail;
   u32v low[16];
   stream_blocks(tail, first, low);
   for (int pair = 0; pair < 8; ++pair)
@@ -32,16 +32,17 @@ inline void normal_chunk(const Stream& s, uint64_t chunk, float (&z)[kChunk]) {
   }
 }
 
-// Calls body(begin, count, z) for consecutive pieces of [0, n) that lie in one chunk; z[j] is N(first + begin + j).
-template <class Body>
+// Calls body(begin, count, z) for consecutive pieces of [0, n) that lie in one chunk; z[j] is N(first + begin + j), and
+// z[kChunk * k + j] that of the k-th of `normals`, kSecureApart further each.
+template <int normals = 1, class Body>
 inline void for_each_chunk(int64_t n, const Stream& stream, uint64_t first, Body body) {
-  alignas(64) float z[kChunk];
+  alignas(64) float z[normals][kChunk];
   for (int64_t i = 0; i < n;) {
     const uint64_t index = first + i;
     const int64_t skip = index % kChunk;
     const int64_t count = kChunk - skip < n - i ? kChunk - skip : n - i;
-    normal_chunk(stream, index / kChunk, z);
-    body(i, count, z + skip);
+    for (int k = 0; k < normals; ++k) normal_chunk(stream, (index + k * kSecureApart) / kChunk, z[k]);
+    body(i, count, z[0] + skip);
     i += count;
   }
 }
@@ -53,6 +54,26 @@ void add_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std
   for_each_chunk(n, stream, first, [=](int64_t i, int64_t count, const float* z) {
     T* __restrict__ to = x + i;
     for (int64_t j = 0; j < count; ++j) store(to[j], load(to[j]) + s * static_cast<F>(z[j]));
+  });
+}
+
+// Hardening against attacks on floating-point noise, nothing that is proven. The sum (Holohan & Braghin 2021,
+// arXiv:2107.10138, n = 2) has too many words in it to search for those that made it. The grid hides the low-order
+// bits of x and of the noise, which Mironov (2012) reads: within the noise's reach, every x gives the same multiples.
+template <class T>
+void add_secure_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, double grid) {
+  const double half = 0.5 * std;
+  // From 2^52 grids to 2^53, doubles are the multiples of the grid: this rounds to the nearest, ties to even, up to
+  // 2^51 grids either way (beyond, to a coarser one's), and no zero keeps a sign. rint has no instruction in SSE2.
+  const double shift = 0x1.8p52 * grid;
+  for_each_chunk<kSecureNormals>(n, stream, first, [=](int64_t i, int64_t count, const float* z) {
+    T* __restrict__ to = x + i;
+    for (int64_t j = 0; j < count; ++j) {
+      const auto normal = [=](int k) { return static_cast<double>(z[k * kChunk + j]); };
+      const double noise = half * ((normal(0) + normal(1)) + (normal(2) + normal(3)));
+      const double rounded = ((static_cast<double>(load(to[j])) + noise) + shift) - shift;
+      store(to[j], static_cast<typename SumOf<T>::type>(rounded));
+    }
   });
 }
 

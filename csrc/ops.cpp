@@ -170,6 +170,19 @@ void gaussian_noise(T* x, int64_t n, const Stream& stream, uint64_t first, doubl
   });
 }
 
+template <class T>
+void secure_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, int threads) {
+  if (std == 0.0) return;
+  // Fine against the noise: rounding adds 2^-20 / 12 = 8e-8 of its variance. Coarse against the steps of four float32
+  // normals, at most 2^-21 of std each, and of float32 sums: 2^24 grids, which float32 holds exactly, are 2^13 std or
+  // more either way. Beyond, it rounds once more, to multiples of 2, 4, ... grids: post-processing too.
+  const double grid = std::ldexp(1.0, std::ilogb(std) - 10);
+  parallel_parts(threads, noise_parts(n, first), [&](int64_t part) {
+    const Range r = noise_part(n, first, part);
+    kernels().typed(T{}).add_secure_noise(x + r.begin, r.count, stream, first + r.begin, std, grid);
+  });
+}
+
 template <class T, class Step>
 void noise_step(const std::vector<StepParameter>& parameters, const T* flat, const Stream& stream, const Step& h,
                 int threads) {
@@ -262,7 +275,8 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
   template void layer_norm_gradients(Rows<T>, Rows<T>, int64_t, double, bool, SumOf<T>::type*, SumOf<T>::type*, int); \
   template void group_norm_gradients(Rows<T>, Rows<T>, int64_t, int64_t, double, SumOf<T>::type*, SumOf<T>::type*,    \
                                      int);                                                                            \
-  template void gaussian_noise(T*, int64_t, const Stream&, uint64_t, double, int);
+  template void gaussian_noise(T*, int64_t, const Stream&, uint64_t, double, int);                                    \
+  template void secure_noise(T*, int64_t, const Stream&, uint64_t, double, int);
 FASTDP_INSTANTIATE(float)
 FASTDP_INSTANTIATE(bf16)
 FASTDP_INSTANTIATE(double)

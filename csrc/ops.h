@@ -52,6 +52,10 @@ void scale_rows(Rows<T> rows, const double* factors, T* out, typename SumOf<T>::
 template <class T>
 void gaussian_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, int threads);
 
+// x[n] += std * S(first + i), rounded to a multiple of the largest power of two <= std / 1024. S: see kernels.h
+template <class T>
+void secure_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double std, int threads);
+
 // A parameter p[n], the optimizer's state of it (see StepRange), and where its gradient starts in the flat buffer; the
 // noise's too.
 struct StepParameter {

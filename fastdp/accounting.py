@@ -29,6 +29,9 @@ Event = tuple[float, float]  # noise multiplier, sample rate; rate 1 is the plai
 # Box-Muller with u >= 2^-65: no pair of noise values lies outside the disc of this radius, in standard deviations.
 TAIL_RADIUS: Final = math.sqrt(2 * 65 * math.log(2))
 
+# In secure mode a noise value is the sum of so many such normals over the root of their number.
+SECURE_NORMALS: Final = 4
+
 # dp-accounting visits each point of a single step's grid in Python, about 10 µs a point, and transforms the composed
 # grid by FFT, 16 bytes a point and about 1 s at the limit.
 _MAX_STEP_POINTS: Final = 40_000
@@ -199,7 +202,8 @@ def tail_delta(noise_multiplier: float, steps: int, dimension: int) -> float:
     """δ to add to that of the true Gaussian because ours is cut at TAIL_RADIUS = R = 9.49 standard deviations.
 
     Args:
-        noise_multiplier: σ > 0, no unit; steps >= 0; dimension: noised numbers per step, >= 0.
+        noise_multiplier: σ > 0, no unit; steps >= 0; dimension: normals drawn per step, >= 0; one for each noised
+            number, SECURE_NORMALS for each in secure mode.
 
     Returns:
         min(1, steps (exp(-(R - 1/σ)²/2) + dimension 2^-64)), and 1 where 1/σ > sqrt(R² - 4), that is σ < 0.108.
@@ -221,6 +225,10 @@ def tail_delta(noise_multiplier: float, steps: int, dimension: int) -> float:
         at most G(s²) <= exp(-(R-s)²/2), for |z+Δ| > R needs |z| > R - s. So the shift is paid once a step, not once a
         dimension.
     (c) Union over steps, with pairs <= dimension: (a) and the p of (b), 2^-65 a pair each, fit in dimension 2^-64.
+    Secure mode: the noise is Z = (W_1 + ... + W_4) / 2 of cut W_j. Publish U_j = W_j + Δ/2 for all four instead: 4d
+    normals a step, each cut as above, shifted by a vector of length sqrt(4 |Δ/2|²) = |Δ|; so (a) to (c) hold with 4d
+    for the dimension d and the same σ. What is published is (U_1 + ... + U_4) / 2 = Z + Δ rounded to a grid that
+    depends on σC only: post-processing. And with true normals, the U_j are a Gaussian mechanism of the same σ.
     The grid of radii (u in steps of 2^-64 within 2^-13 of 0 and of 1, 2^-32 between; smallest u 2^-65), of 2^32 angles
     and float32 is rounding, which no accountant here covers.
     """

@@ -16,6 +16,7 @@ KEY_BYTES = 32
 # A stream has 2^48 blocks of ChaCha20: 16 normals each, or 4 records each at the sampler's 1024 blocks per 4096.
 MAX_OFFSET = 16 * 2**48
 MAX_RECORDS = 4 * 2**48
+MAX_SECURE_OFFSET = MAX_OFFSET // 4  # secure noise takes four normals a value, each from a quarter of the stream
 
 DTYPES = {
     torch.float32: _kernels.DType.f32,
@@ -159,8 +160,13 @@ def scale_rows(x: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None) -> 
     )
 
 
-def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int) -> None:
-    """x [...] += std * N(offset + i)."""
+def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int, secure: bool = False) -> None:
+    """x [...] += std * N(offset + i).
+
+    secure: of noise that is the sum of four normals over 2, formed in float64 and rounded to a multiple of the largest
+    power of two <= std / 1024 (Holohan & Braghin 2021, arXiv:2107.10138; Mironov 2012): hardening, no guarantee.
+    Beyond 2^24 of them float32 (2^8: bfloat16) holds every second, fourth, ... only; a zero has no sign.
+    """
     require(x.dtype in DTYPES, "x.dtype", x.dtype, "float32, bfloat16 or float64")
     require(x.is_contiguous(), "x.stride()", x.stride(), "contiguous")
     check_device("x", x)
@@ -168,9 +174,11 @@ def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int) -> Non
     if x.dtype != torch.float64:  # where float32 has all its digits
         require(std == 0 or 1e-30 <= std <= 1e30, "std", std, "0 or in [1e-30, 1e30]")
     check_key(key, step)
-    require(0 <= offset <= MAX_OFFSET - x.numel(), "offset", offset, f"in [0, {MAX_OFFSET} - x.numel()]")
+    last = MAX_SECURE_OFFSET if secure else MAX_OFFSET
+    require(0 <= offset <= last - x.numel(), "offset", offset, f"in [0, {last} - x.numel()]")
+    add = _kernels.secure_noise if secure else _kernels.gaussian_noise
     threads = torch.get_num_threads()
-    _kernels.gaussian_noise(x.data_ptr(), DTYPES[x.dtype], x.numel(), std, key.data_ptr(), step, offset, threads)
+    add(x.data_ptr(), DTYPES[x.dtype], x.numel(), std, key.data_ptr(), step, offset, threads)
 
 
 def noise_step(

@@ -119,7 +119,7 @@ class PrivateOptimizer(Optimizer):
             self.profile.wait()
         self._sum_over_ranks()
         self._mark("reduce")
-        if fused.is_fused(self.inner):
+        if fused.is_fused(self.inner) and not self.plan.secure_mode:
             self._noise_and_step(step)
         else:
             self._noise_then_inner(step)
@@ -209,7 +209,7 @@ class PrivateOptimizer(Optimizer):
     def _noise_then_inner(self, step: int) -> None:
         for s in self.gradient.spans:
             g = self.gradient.views[s.param]
-            native.add_noise(g, self.plan.noise_std, self._key.tensor(), step, s.offset)
+            native.add_noise(g, self.plan.noise_std, self._key.tensor(), step, s.offset, self.plan.secure_mode)
             g /= self.plan.batch_size
             s.param.grad = g.clone()  # not a view: whoever saved it would save the whole buffer
         try:

@@ -75,6 +75,8 @@ class Options:
     clipping: Clipping = "flat"
     """How it is kept: flat, one norm of all layers; per_layer, the same share of the bound for each; automatic, all
     gradients are brought near the bound, short ones too."""
+    secure_mode: bool = False
+    "Harden the noise against floating-point attacks; no guarantee is claimed for it, and a step takes longer."
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     "torch's, with its defaults."
     lr: float | None = None

@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
-from fastdp.accounting import Event
+from fastdp.accounting import SECURE_NORMALS, Event
 from fastdp.errors import ArgumentError, require
 
 Clipping = Literal["flat", "per_layer", "automatic"]
@@ -35,6 +35,7 @@ class Plan:
         per_layer: of each layer, g_l min(1, C_l / |g_l|), sum C_l^2 = C^2; McMahan et al. 2018 (arXiv:1710.06963).
         automatic: g C / (|g| + gamma), of a norm below C; Bu et al. 2023 (arXiv:2206.07136).
     layer_bounds: name and C_l of each layer, if it is per_layer.
+    secure_mode: noise that is hardened against floating-point attacks, with no guarantee (native.add_noise).
     """
 
     dataset_size: int
@@ -46,6 +47,7 @@ class Plan:
     steps: int | None = None
     clipping: Clipping = "flat"
     layer_bounds: tuple[tuple[str, float], ...] = ()
+    secure_mode: bool = False
 
     def __post_init__(self) -> None:
         n, sigma, c = self.dataset_size, self.noise_multiplier, self.max_grad_norm
@@ -61,6 +63,7 @@ class Plan:
         std = sigma * c
         require(std == 0 or 1e-30 <= std <= 1e30, "noise_multiplier * max_grad_norm", std, "0 or in [1e-30, 1e30]")
         require(self.clipping in CLIPPINGS, "clipping", self.clipping, f"one of {', '.join(map(repr, CLIPPINGS))}")
+        require(isinstance(self.secure_mode, bool), "secure_mode", self.secure_mode, "True or False")
         bounds, needed = self.layer_bounds, self.clipping == "per_layer"
         require(bool(bounds) == needed, "layer_bounds", bounds, "given for clipping='per_layer', and only for it")
         whole = math.hypot(*(bound for _, bound in bounds))
@@ -96,6 +99,10 @@ class Plan:
         """Standard deviation of the noise that is added to the sum of clipped gradients, once per step in total."""
         return self.noise_multiplier * self.max_grad_norm
 
+    def normals(self, values: int) -> int:
+        """Normals that the generator makes for the noise of a step on so many numbers: what its cut tails count."""
+        return SECURE_NORMALS * values if self.secure_mode else values
+
     @property
     def gamma(self) -> float | None:
         """Automatic clipping's."""
@@ -110,6 +117,8 @@ class Plan:
         else:
             lines.append(size + "zero-out adjacency: a record's gradients count or are zero")
             lines.append("shuffled batches, not Poisson samples: no amplification by sampling is claimed")
+        if self.secure_mode:
+            lines.append("secure mode: the noise is hardened against floating-point attacks, no guarantee")
         return lines
 
     def _says_of_clipping(self) -> str:

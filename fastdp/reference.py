@@ -186,6 +186,24 @@ def gaussian_noise(n: int, key: bytes, step: int, offset: int = 0, domain: int =
     return out
 
 
+def secure_grid(std: float) -> float:
+    """The largest power of two that is at most std / 1024."""
+    return 2.0 ** (math.frexp(std)[1] - 1) / 1024
+
+
+def secure_noise(x: Tensor, std: float, key: bytes, step: int, offset: int = 0) -> Tensor:
+    """Holohan & Braghin 2021 (arXiv:2107.10138): (N_1 + ... + N_2n) / sqrt(2 n) with n = 2, on the grid with x.
+
+    N_j of element i has the index i + (j - 1) 2^50, in domains of their own; x [n] -> [n].
+    """
+    n = 2
+    total = torch.zeros(len(x), dtype=torch.float64)
+    for j in range(2 * n):
+        total += gaussian_noise(len(x), key, step, offset + j * 2**50, domain=6, tail_domain=7)
+    grid = secure_grid(std)
+    return torch.round((x.double() + std * total / math.sqrt(2 * n)) / grid) * grid
+
+
 def poisson_sample(n: int, rate: float, key: bytes, step: int, domain: int = 1) -> list[int]:
     """Geometric skips within blocks of 4096 ids; block k draws from ChaCha blocks 1024 k, 1024 k + 1, ..."""
     ids: list[int] = []

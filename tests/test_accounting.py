@@ -338,6 +338,31 @@ def test_cut_gaussian_costs_at_most_tail_delta(sigma: float, rate: float, monkey
         assert worst > bound / 100  # the bound is not idle
 
 
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 4.0])
+def test_sums_of_four_cut_gaussians_cost_at_most_the_tail_delta_of_four(
+    sigma: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Secure mode's noise of one pair, by convolution on a grid; the disc is shrunk to 3 standard deviations.
+    radius, step, half = 3.0, 0.025, 8.0
+    monkeypatch.setattr(accounting, "TAIL_RADIUS", radius)
+    x = np.arange(-half, half, step)
+    square = x[:, None] ** 2 + x[None, :] ** 2
+    term = np.where(square <= radius**2 / 4, np.exp(-2 * square), 0.0)  # of W / 2, of variance 1/4
+    cut = np.fft.fftshift(np.fft.ifft2(np.fft.fft2(np.fft.ifftshift(term / term.sum())) ** 4).real)
+    ideal = np.exp(-square / 2) / np.exp(-square / 2).sum()
+    places = round(1 / sigma / step)
+
+    def delta(p: Array, eps: float, sign: int) -> float:
+        return float(np.maximum(p - math.exp(eps) * np.roll(p, sign * places, 0), 0).sum())
+
+    bound = tail_delta(sigma, 1, accounting.SECURE_NORMALS * 2)
+    extra = [
+        delta(cut, eps, sign) - delta(ideal, eps, sign) for eps in (0.0, 0.5, 1.0, 3.0, 6.0, 12.0) for sign in (1, -1)
+    ]
+    assert max(extra) <= bound
+    assert max(extra) > 1e-4 * bound  # there is something to pay for
+
+
 def test_epsilon_of_sampler() -> None:
     ledger = Ledger()
     ledger.step(1.0, 0.01, 1000)

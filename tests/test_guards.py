@@ -189,7 +189,7 @@ def test_optimizer_and_module_must_match() -> None:
         ({"max_grad_norm": -1.0, "clipping": "per_layer"}, "max_grad_norm=-1.0: must be finite and >= 0"),
         ({"loss_reduction": "none"}, "loss_reduction='none'"),
         ({"max_physical_batch_size": 0}, "max_physical_batch_size=0: must be None or an int >= 1"),
-        ({"secure_mode": True}, "secure_mode=True"),
+        ({"secure_mode": 1}, "secure_mode=1: must be True or False"),
         ({"dataset_size": 100, "poisson_sampling": False}, "dataset_size=100"),
         ({"seed": -1}, "seed=-1"),
     ],

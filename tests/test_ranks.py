@@ -37,6 +37,16 @@ def test_modes_of_clipping_train_alike_on_two_ranks(facts: dict[int, dict], clip
     assert (a - b).abs().max() < 1e-5 * a.abs().max() < 0.1 * (a - flat).abs().max()
 
 
+def test_secure_noise_has_the_same_bits_on_any_number_of_ranks_and_the_variance_of_one_draw(
+    facts: dict[int, dict],
+) -> None:
+    one, *more = (json.loads(launch.run("training.py", "secure", ranks=ranks)) for ranks in (1, 2, 4))
+    assert one["noise"] != facts[1]["noise"] and one["batches"] == facts[1]["batches"]
+    assert abs(one["variance"] - 1) < 5 * math.sqrt(2 / one["draws"])
+    for many in more:
+        assert many["noise"] == one["noise"] and many["epsilon"] == one["epsilon"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_noise_has_the_variance_of_one_draw(facts: dict[int, dict], ranks: int) -> None:
     assert abs(facts[ranks]["variance"] - 1) < 5 * math.sqrt(2 / facts[ranks]["draws"])

@@ -390,6 +390,7 @@ def test_shuffled_epochs_that_were_cut_off_are_spent(tmp_path: Path, monkeypatch
         (["--seed", "1"], "seed=1: must be absent as in the run"),
         (["--max-grad-norm", "1"], "max_grad_norm=1.0: must be 4.0 as in the run"),
         (["--clipping", "automatic"], "clipping='automatic': must be 'flat' as in the run"),
+        (["--secure-mode"], "secure_mode=True: must be False as in the run"),
         (["--delta", "1e-6"], "delta=1e-06: must be 1e-05 as in the run"),
         (["--batch-size", "512"], "batch_size=512: must be 1024 as in the run"),
         (["--model", "logistic"], "model='logistic': must be 'mlp:32' as in the run"),

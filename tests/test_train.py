@@ -263,6 +263,16 @@ def test_a_run_without_noise_is_valid_json_and_not_private(tmp_path: Path) -> No
     ]
 
 
+def test_secure_mode_is_in_the_report(tmp_path: Path) -> None:
+    how = ("--secure-mode", "--epochs", "3", "--noise-multiplier", "1")
+    done = train_cli(*how, "--output", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert summary["secure_mode"] is True and summary["private"] is True and summary["accuracy"] > 0.8
+    said = "secure mode: the noise is hardened against floating-point attacks, no guarantee"
+    assert said in summary["assumptions"] and said in " ".join(done.stdout.split())
+
+
 @pytest.mark.parametrize("clipping, said", [("per_layer", "per-layer clipping (2 layers)"), ("automatic", "automatic")])
 def test_the_report_says_how_gradients_were_clipped(clipping: str, said: str, tmp_path: Path) -> None:
     how = ("--clipping", clipping, "--epochs", "3", "--noise-multiplier", "1", "--lr", "0.5")

@@ -23,6 +23,7 @@ def make(
     noise_multiplier: float = 1.0,
     max_grad_norm: float | dict[str, float] = 1.0,
     clipping: str = "flat",
+    secure_mode: bool = False,
     records: int = 40,
     width: int = 3,
     optimizer: type[torch.optim.Adam] = torch.optim.Adam,
@@ -37,6 +38,7 @@ def make(
         noise_multiplier=noise_multiplier,
         max_grad_norm=max_grad_norm,
         clipping=clipping,
+        secure_mode=secure_mode,
         comm=comm,
     )
 
@@ -47,6 +49,8 @@ for changed in (
     {"max_grad_norm": 2.0},
     {"clipping": "automatic"},
     {"clipping": "per_layer"},
+    {"secure_mode": True},
+    {"engine": {"seed": 1, "secure_mode": True}},
     {"records": 41},
     {"width": 4},
     {"betas": (0.9, 0.99)},
