@@ -180,20 +180,17 @@ void bind_steps(py::module_& m) {
 
 void bind_noise(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  m.def(
-      "gaussian_noise",
-      [](Address x, DType dtype, int64_t n, double std, Address key, int64_t step, int64_t first, int threads) {
-        const Stream s = stream(key, Domain::noise, step);
-        with_type(dtype, [&](auto t) { gaussian_noise(at<decltype(t)>(x), n, s, first, std, threads); });
-      },
-      Release());
-  m.def(
-      "secure_noise",
-      [](Address x, DType dtype, int64_t n, double std, Address key, int64_t step, int64_t first, int threads) {
-        const Stream s = stream(key, Domain::secure_noise, step);
-        with_type(dtype, [&](auto t) { secure_noise(at<decltype(t)>(x), n, s, first, std, threads); });
-      },
-      Release());
+  const auto def_noise = [&m](const char* name, Domain domain, auto add) {
+    m.def(
+        name,
+        [=](Address x, DType dtype, int64_t n, double std, Address key, int64_t step, int64_t first, int threads) {
+          const Stream s = stream(key, domain, step);
+          with_type(dtype, [&](auto t) { add(at<decltype(t)>(x), n, s, static_cast<uint64_t>(first), std, threads); });
+        },
+        Release());
+  };
+  def_noise("gaussian_noise", Domain::noise, [](auto... of) { gaussian_noise(of...); });
+  def_noise("secure_noise", Domain::secure_noise, [](auto... of) { secure_noise(of...); });
   m.def("poisson_sample", [](int64_t n, double rate, Address key, int64_t step) {
     const Stream s = stream(key, Domain::sampling, step);
     std::vector<int64_t> ids;
