@@ -144,7 +144,8 @@ def test_an_input_changed_in_place_is_refused_by_name() -> None:
             "module.1='BatchNorm1d': must be replaced",
         ),
         (nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)), "module.1='BatchNorm1d'"),
-        (nn.Linear(6, 3).bfloat16(), "torch.bfloat16"),
+        (nn.Linear(6, 3).half(), "torch.float16 on cpu': must be all float64, or float32 and bfloat16"),
+        (nn.Sequential(nn.Linear(6, 3).double(), nn.Linear(3, 3).bfloat16()), "torch.bfloat16 on cpu"),
         (nn.Linear(6, 3).requires_grad_(False), "at least one parameter"),
     ],
 )
