@@ -72,10 +72,8 @@ class LayerUse(Use):
             )
         narrow = torch.bfloat16 if dtype == torch.float32 else dtype
         if any(x.dtype not in (dtype, narrow) for x in (self.a, self.b) if x.is_floating_point()):
-            raise PrivacyError(  # an embedding's input is no floating-point number
-                f"{self.layer}: input {self.a.dtype}, output gradient {self.b.dtype}: must be "
-                + ("float32 or bfloat16" if dtype == torch.float32 else f"{dtype} as its parameters")
-            )
+            bound = "float32 or bfloat16" if dtype == torch.float32 else f"{dtype} as its parameters"
+            raise PrivacyError(f"{self.layer}: input {self.a.dtype}, output gradient {self.b.dtype}: must be {bound}")
 
     def operands(self, rows: int, dtype: torch.dtype, dims: int) -> tuple[Tensor, Tensor]:
         """a and b, checked. An a of float32 whose output is bfloat16 was rounded by autocast, and so is it here."""

@@ -87,6 +87,20 @@ class PrivateOptimizer(Optimizer):
         self._recorder.clear()
         self.inner.zero_grad(set_to_none=True)
 
+    # So that torch.amp.GradScaler gives its factor to the optimizer, `grad_scale`, instead of looking at `.grad`.
+    _step_supports_amp_scaling = True
+
+    @property
+    def grad_scale(self) -> float:
+        return 1.0
+
+    @grad_scale.setter
+    def grad_scale(self, value: Any) -> None:
+        raise PrivacyError(
+            "GradScaler: a scaled loss is clipped at another norm than max_grad_norm: use it with enabled=False, and "
+            "bfloat16, which needs none"
+        )
+
     @property
     def is_accumulating(self) -> bool:
         """Whether the loader's current piece is not the last of its batch: schedulers wait until it is."""

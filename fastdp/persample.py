@@ -94,13 +94,7 @@ class Call(Use):
     def precision(self, parameters: list[Tensor]) -> torch.dtype:
         """The coarsest type that the module computes in; PrivacyError if there is no rule for it."""
         dtypes = [x.dtype for x in (*_floating(self.arguments), *self.outputs, *parameters)]
-        dtypes += [self.autocast.dtype] * self.autocast.on
-        for dtype in dtypes:
-            if dtype not in TOLERANCE:
-                raise PrivacyError(
-                    f"{self.layer}: an input, output or autocast of {dtype}: must be bfloat16, float32 or float64"
-                )
-        return coarsest(dtypes)
+        return coarsest(self.layer, dtypes + [self.autocast.dtype] * self.autocast.on)
 
 
 class Unit:

@@ -9,15 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdp.errors import PrivacyError
+
+
+ORDER = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
+
 
 def wide(x: Tensor) -> Tensor:
     """x, in float32 if it was bfloat16: what products and sums are made in."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The one that rounds most: what was computed by way of it is no more exact, whatever type it comes in."""
-    return max((d for d in dtypes if d.is_floating_point), key=lambda d: torch.finfo(d).eps, default=torch.float32)
+def coarsest(layer: str, dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The one that rounds most: what was computed by way of it is no more exact, whatever type it comes in.
+
+    PrivacyError that names the layer if one of them is not known here: float16, whose gradients vanish below 6e-8, and
+    whose users scale the loss against that.
+    """
+    found = torch.float64
+    for dtype in dtypes:
+        if dtype.is_floating_point and dtype not in ORDER:
+            raise PrivacyError(
+                f"{layer}: an input, output or autocast of {dtype}: must be bfloat16, float32 or float64"
+            )
+        found = max(found, dtype, key=lambda d: ORDER.get(d, -1))
+    return found
 
 
 class Autocast:
