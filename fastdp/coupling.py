@@ -111,8 +111,8 @@ def _close(x: Tensor, y: Tensor, precision: torch.dtype) -> bool:
 def _moved_together(x: Tensor, by: Tensor) -> float:
     """How far all of x moved in its own direction, as what a loss is divided by moves it, by the limit for bfloat16.
 
-    Class weights of 1, 2, 2 move b by 0.3 / sqrt(records), some hundredths, which the roundings of single elements would
-    hide. Those have either sign: 4 epsilons / sqrt(records) for all together.
+    Class weights of 1, 2, 2 move b by 0.3 / sqrt(records), some hundredths, which the roundings of single elements
+    would hide. Those have either sign: 4 epsilons / sqrt(records) for all together.
     """
     along, square = (x.double() * by.double()).sum().item(), x.double().square().sum().item()
     limit = 4 * torch.finfo(torch.bfloat16).eps * square / max(1, len(x) if x.dim() else 1) ** 0.5

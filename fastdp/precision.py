@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastdp.errors import PrivacyError
 
-
 ORDER = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
 
 

@@ -1,9 +1,10 @@
-"""bfloat16, by torch.autocast and as the parameters' type: exact to its own rounding, and clipped in float32; float16 is
-refused.
+"""bfloat16, by torch.autocast and as the parameters' type: exact to its own rounding, and clipped in float32.
+
+float16 is refused.
 
 bfloat16 keeps 8 bits: an operation's result is off by up to 2^-9 of itself. The loop over single samples rounds as the
 batch does, but where sums come in another order, so each gradient may be off by the rounding of what it is a product
-of: input, output gradient, and the sum, which the loop rounds and fastdp does not, 2^-8 each to be safe.
+of: input, output gradient, and the sum, which the loop rounds and fastdp does not, 2^-8 each at most.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from loops import MODELS, clipped, data, private, seen
 from test_attention import Attends, attending
 from test_exactness import layers, one_by_one
-from test_modules import EXACT, LOOPED, REFUSED, WIDTH
+from test_modules import EXACT, LOOPED, WIDTH
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -81,23 +82,22 @@ def test_per_sample_gradients_of_layers(made: tuple[nn.Module, Tensor], kind: st
 @settings(max_examples=40, deadline=None)
 @given(attending(), st.sampled_from(["autocast", "model"]))
 def test_per_sample_gradients_of_attention(made: tuple[Attends, tuple[Tensor, ...]], kind: str) -> None:
-    """Against the loop in bfloat16, through softmax and two products: 16 roundings of the largest."""
+    """Their sum against autograd's own gradient of the batch, which rounds each sum once, of inputs and output gradients
+    that are the same to the bit. (test_any_module has the loop over records.)"""
     module, inputs = prepared(made[0], kind), [floats(x, kind) for x in made[1]]
     if not any(p.requires_grad for p in module.parameters()):
         return
     alone = copy.deepcopy(module)
-    with autocast(kind), torch.no_grad():
-        b = torch.randn_like(module(*inputs))
+    with autocast(kind):
+        y = alone(*inputs)
+    b = torch.randn_like(y)
     found, _ = seen(module, b, *inputs, autocast=kind == "autocast")
     pairs = [(found[p], q) for p, q in zip(module.parameters(), alone.parameters(), strict=True) if p.requires_grad]
-    for i in range(len(b)):
-        with autocast(kind):
-            y = alone(*(x[i : i + 1] for x in inputs))
-        grads = torch.autograd.grad(y, [q for _, q in pairs], b[i : i + 1], allow_unused=True)
-        size = max(1.0, *(g.abs().max().item() for g in grads if g is not None))
-        for (mine, _), g in zip(pairs, grads, strict=True):
-            want = torch.zeros_like(mine[i]) if g is None else g.float()
-            torch.testing.assert_close(mine[i], want, rtol=0.0, atol=16 * 2.0**-8 * size)
+    sums = torch.autograd.grad(y, [q for _, q in pairs], b, allow_unused=True)
+    for (mine, _), g in zip(pairs, sums, strict=True):
+        want = torch.zeros_like(mine[0]) if g is None else g.float()
+        size = mine.abs().sum(0).max().item()
+        torch.testing.assert_close(mine.sum(0), want, rtol=0.0, atol=PRODUCT * size + 1e-6)
 
 
 # ---- whole steps of the engine
@@ -113,8 +113,8 @@ def oracle_sum(module: nn.Module, kind: str, x: Tensor, y: Tensor, c: float, cli
 
 
 def step_and_compare(module: nn.Module, kind: str, clipping: str = "flat", piece: int | None = None) -> None:
-    """One step's sum of clipped gradients beside the loop's. Each record's gradient comes through at most some ten
-    roundings, of which those after the last sum are fastdp's only difference: 2^-4 of the largest element."""
+    """One step's sum of clipped gradients beside the loop's, to 2^-4 of the largest element: the batch's sums may come
+    in another order than a record's, and each of some ten layers rounds to 2^-8."""
     module = prepared(nn.Sequential(module, nn.Linear(WIDTH, 3)), kind)
     twin = copy.deepcopy(module)
     records = TensorDataset(*(floats(x, kind) for x in data(24).tensors))
@@ -305,12 +305,21 @@ class Attending(nn.Module):
         return torch.softmax(x @ x.t() / 10, dim=1) @ x
 
 
+class Neighbour(nn.Module):
+    """One column has something of the record before, in no direction of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :1] + 0.1 * x[:, 1:2].roll(1, 0), x[:, 1:]], 1)
+
+
 def train(module: nn.Module, kind: str, steps: int, records: TensorDataset, loss=F.cross_entropy, **how: Any):
     """The module, and the loss of each step."""
     module = prepared(module, kind)
     x, y = records.tensors
     optimizer = torch.optim.AdamW(module.parameters(), lr=how.pop("lr", 1e-3))
-    _, module, optimizer, loader = private(module, optimizer, TensorDataset(floats(x, kind), y), 30, **how)
+    _, module, optimizer, loader = private(
+        module, optimizer, TensorDataset(floats(x, kind), y), how.pop("batch", 30), **how
+    )
     losses: list[float] = []
     while len(losses) < steps:
         for x, y in loader:
@@ -320,6 +329,8 @@ def train(module: nn.Module, kind: str, steps: int, records: TensorDataset, loss
             value.backward()
             optimizer.step()
             losses.append(float(value.detach()))
+            if len(losses) == steps:
+                break
     return module, losses
 
 
@@ -331,7 +342,7 @@ def test_rounding_is_no_coupling(kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("middle", [Centred(), Attending()])
+@pytest.mark.parametrize("middle", [Centred(), Attending(), Neighbour()])
 def test_coupled_modules_are_found(kind: str, middle: nn.Module) -> None:
     with pytest.raises(PrivacyError, match="its input for a record depends on the other records"):
         train(Deep(middle), kind, 1, data(300))
@@ -355,13 +366,45 @@ def test_coupled_losses_are_found(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_small_normalisers_are_found(kind: str) -> None:
+    """They move all of a record's gradient by less than bfloat16 rounds one element."""
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.2, 1.2]))
+    with pytest.raises(PrivacyError, match="depends on the other records"):
+        train(nn.Linear(6, 3), kind, 1, data(1000), loss, batch=500)
+
+
+def test_a_rounded_number_of_records_is_found_at_once() -> None:
+    with pytest.raises(PrivacyError, match="the number of records in the batch"):
+        train(nn.Linear(6, 3), "model", 1, data(300), COUPLED["bfloat16 number of records"])
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6))
+        self.types: list[torch.dtype] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)
+        self.types.append(y.dtype)
+        return y
+
+
+def test_what_is_run_again_is_run_under_the_same_autocast() -> None:
+    module = Bare()
+    types = module.types  # a list is not put back after a replay
+    train(module, "autocast", 2, data(300))
+    assert len(types) > 4 and set(types) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_learns_and_parameters_keep_their_type(kind: str) -> None:
     x = torch.randn(300, 6)
     records = TensorDataset(x, (x[:, 0] > 0).long() + (x[:, 1] > 0).long())
     module = nn.Sequential(nn.Linear(6, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 3))
     types = [p.dtype for p in prepared(module, kind).parameters()]
     module, losses = train(module, kind, 60, records, noise_multiplier=0.6, max_grad_norm=1.0, lr=0.01)
-    assert sum(losses[-10:]) < 0.7 * sum(losses[:5]) * 2
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
     assert [p.dtype for p in module.parameters()] == types
 
 
