@@ -1,8 +1,8 @@
 """Per-sample gradients by a layer's own formula, of its input a and the gradient b of its output, records first.
 
 These layers treat records one by one whatever their options are, so nothing is run again and nothing need be checked.
-a and b are of one type, float32 or float64. Each formula gives [B, ...] for the weight and for the bias, in the shape of
-the parameter; None for what is not wanted.
+a and b are of one type, float32 or float64. Each formula gives [B, ...] for the weight and for the bias, in the shape
+of the parameter; None for what is not wanted.
 """
 
 from __future__ import annotations
