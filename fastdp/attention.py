@@ -30,8 +30,7 @@ class ProjectionUse(LayerUse):
     bias: Block | None
 
     def made(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
-        self.check(rows, dtype, 3)
-        return products(self.weight, self.bias, self.a, self.b, managed)
+        return products(self.weight, self.bias, *self.operands(rows, dtype, 3), managed)
 
     def fits(self, rows: int) -> bool:
         return are_small(self.a, self.b)

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from fastdp import rules
+from fastdp import native, rules
 from fastdp.errors import ArgumentError, PrivacyError, require
 from fastdp.gradients import Norms, PerSample, Scratch, of_parameters, rows_in
 from fastdp.persample import Use
+from fastdp.precision import without_autocast
 
 # Parameters start on cache lines of the flat buffer: 16 floats.
 ALIGNMENT = 16
@@ -32,6 +33,7 @@ class Span:
     offset: int
     shape: torch.Size  # at make_private
     layer: str = ""  # name of the first module that owns it
+    dtype: torch.dtype = torch.float32  # at make_private
 
     @property
     def numel(self) -> int:
@@ -55,7 +57,7 @@ class GradientSum:
         gamma: float | None = None,
     ) -> None:
         self.spans = spans
-        self.dtype = spans[0].param.dtype
+        self.dtype = native.sum_dtype(spans[0].param.dtype)  # float32 for bfloat16, too
         # One element more than the gradients: what travels with them over the ranks (`note`), without noise.
         self.flat = torch.zeros(spans[-1].offset + spans[-1].numel + 1, dtype=self.dtype)
         self.note = self.flat[-1]
@@ -79,6 +81,10 @@ class GradientSum:
             raise PrivacyError("a piece of this batch failed while it was added: the batch cannot be continued")
         for use in uses:
             use.check_unchanged()
+        with without_autocast():
+            self._fill(uses, rows, real_rows, scale, add)
+
+    def _fill(self, uses: list[Use], rows: int, real_rows: int, scale: float, add: bool) -> None:
         group = self._group
         parts = of_parameters(self._parts(uses, rows))
         norms = [Norms(rows, self.dtype) for _ in self._bounds]
@@ -148,7 +154,7 @@ def spans_of(module: nn.Module, optimizer: Optimizer) -> list[Span]:
         require(p in stepped, f"optimizer: parameter {name}", "absent", "in the optimizer, or not require a gradient")
         require(p.is_contiguous(), f"{name}.stride()", p.stride(), "contiguous")
         stepped.discard(p)
-        spans.append(Span(name, p, offset, p.shape, layer[p]))
+        spans.append(Span(name, p, offset, p.shape, layer[p], p.dtype))
         offset += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
     if any(p.requires_grad for p in stepped):
         raise ArgumentError("optimizer", f"{len(stepped)} parameters", "parameters of the module only")

@@ -26,3 +26,12 @@ def require(condition: bool, name: str, value: object, bound: str) -> None:
     """Raise ArgumentError unless `condition` holds."""
     if not condition:
         raise ArgumentError(name, value, bound)
+
+
+def refuse_compiled() -> None:
+    raise PrivacyError("torch.compile: compiled models and losses are not supported in this version")
+
+
+# torch.compile calls it while it compiles, instead of compiling it: an error raised by compiled code would send the
+# caller back to uncompiled code, half of whose hooks ran.
+refuse_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result

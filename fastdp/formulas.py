@@ -1,7 +1,8 @@
 """Per-sample gradients by a layer's own formula, of its input a and the gradient b of its output, records first.
 
 These layers treat records one by one whatever their options are, so nothing is run again and nothing need be checked.
-Each formula gives [B, ...] for the weight and for the bias, in the shape of the parameter; None for what is not wanted.
+a and b are of one type, float32 or float64. Each formula gives [B, ...] for the weight and for the bias, in the shape
+of the parameter; None for what is not wanted.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def convolution(m: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, b: Tensor, weig
         if m.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
             a, padding = F.pad(a, m._reversed_padding_repeated_twice, mode), (0,) * spatial
-        w = m.weight.detach()
+        w = m.weight.detach().to(a.dtype)
 
         def one(x: Tensor, g: Tensor) -> Tensor:
             how = m.stride, padding, m.dilation, False, [0] * spatial, m.groups

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastdp import native
+from fastdp.precision import wide
 
 # A record's rounded products may exceed its norm by 2^-23 of the sum of their lengths when they cancel (sequences).
 ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51}
@@ -164,17 +165,17 @@ class Formed(PerSample):
         norms.sq += native.sq_norms(self.g)
 
     def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
-        native.sum_rows(self.g, factors, self.rows_of(views).view(-1), add)
+        native.sum_rows(self.formed(), factors, self.rows_of(views).view(-1), add)
 
     def formed(self) -> Tensor:
-        return self.g
+        return wide(self.g)
 
     @staticmethod
     def joined(of: list[Formed]) -> Formed:
         first = of[0]
         if len(of) == 1:
             return first
-        return Formed(first.p, first.start, first.count, functools.reduce(torch.add, (part.g for part in of)))
+        return Formed(first.p, first.start, first.count, functools.reduce(torch.add, (part.formed() for part in of)))
 
 
 @dataclasses.dataclass(eq=False)
@@ -182,6 +183,7 @@ class Product(PerSample):
     """sum_t b_it a_it^T of record i: a [B, I] and b [B, O], or a [B, T, I] and b [B, T, O]; O = count.
 
     The norms come without the gradients ("ghost norms"), the weighted sum is one matrix product, (factor * b)^T a.
+    bfloat16 is widened where it is used, one layer at a time.
     """
 
     a: Tensor
@@ -211,6 +213,7 @@ class Product(PerSample):
     def _add_rows(
         a: Tensor, b: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None, scratch: Scratch, add: bool
     ) -> None:
+        a, b = wide(a), wide(b)
         scaled = scratch.rows(*b.shape)
         part = torch.empty_like(sums) if sums is not None and add else sums
         native.scale_rows(b, factors, scaled, part)
@@ -225,9 +228,10 @@ class Product(PerSample):
         return [self] if self.bias is None else [Product(self.p, self.start, self.count, self.a, self.b), self.bias]
 
     def formed(self) -> Tensor:
-        if self.a.dim() == 2:
-            return torch.bmm(self.b.unsqueeze(2), self.a.unsqueeze(1)).flatten(1)
-        return torch.bmm(self.b.transpose(1, 2), self.a).flatten(1)
+        a, b = wide(self.a), wide(self.b)
+        if a.dim() == 2:
+            return torch.bmm(b.unsqueeze(2), a.unsqueeze(1)).flatten(1)
+        return torch.bmm(b.transpose(1, 2), a).flatten(1)
 
     @staticmethod
     def joined(of: list[Product]) -> Product | Formed:
@@ -258,12 +262,13 @@ class Rows(PerSample):
         if not add:
             view.zero_()
         scaled = scratch.rows(*self.b.shape)
-        native.scale_rows(self.b, factors[self.record], scaled, None)
+        native.scale_rows(wide(self.b), factors[self.record], scaled, None)
         view.index_add_(0, self.index, scaled)
 
     def formed(self) -> Tensor:
-        g = self.b.new_zeros(self.batch, *self.p.shape)
-        return g.index_put_((self.record, self.index), self.b, accumulate=True).flatten(1)
+        b = wide(self.b)
+        g = b.new_zeros(self.batch, *self.p.shape)
+        return g.index_put_((self.record, self.index), b, accumulate=True).flatten(1)
 
     @staticmethod
     def joined(of: list[Rows]) -> Rows:
@@ -273,7 +278,7 @@ class Rows(PerSample):
         keys, which = torch.unique(record * size + index, return_inverse=True)
         if len(keys) < len(record):
             record, index = keys // size, keys % size
-            b = torch.zeros(len(keys), b.shape[1], dtype=b.dtype).index_add_(0, which, b)
+            b = torch.zeros(len(keys), b.shape[1], dtype=wide(b).dtype).index_add_(0, which, wide(b))
         return Rows(first.p, first.start, first.count, first.batch, record, index, b)
 
 

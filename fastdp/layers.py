@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fastdp.errors import PrivacyError
+from fastdp.errors import PrivacyError, refuse_compiled
 from fastdp.formulas import FORMULAS
 from fastdp.gradients import Block, Formed, PerSample, Product, Rows, are_small, whole
 from fastdp.persample import Call, Unit, Use
+from fastdp.precision import Autocast, wide, without_autocast
 from fastdp.rules import Slot, is_embedding, is_linear
 
 # What a module may return beside tensors.
@@ -43,7 +44,8 @@ class LayerUse(Use):
 
     def settle(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> None:
         if self.fits(rows):
-            self._settled = self.made(managed, rows, dtype)
+            with without_autocast():
+                self._settled = self.made(managed, rows, dtype)
             self.versions = []
             del self.a, self.b
 
@@ -68,11 +70,15 @@ class LayerUse(Use):
                 f"{self.layer}: the first dimension of its input is not the batch's records, one each; give it "
                 "`positions.expand(len(x), -1)` for positions that all share"
             )
-        if any(x.dtype != dtype for x in (self.a, self.b) if x.is_floating_point()):  # an embedding's input is not
-            raise PrivacyError(
-                f"{self.layer}: input {self.a.dtype}, output gradient {self.b.dtype}: must be {dtype} as its "
-                "parameters (no autocast in this version)"
-            )
+        narrow = torch.bfloat16 if dtype == torch.float32 else dtype
+        if any(x.dtype not in (dtype, narrow) for x in (self.a, self.b) if x.is_floating_point()):
+            bound = "float32 or bfloat16" if dtype == torch.float32 else f"{dtype} as its parameters"
+            raise PrivacyError(f"{self.layer}: input {self.a.dtype}, output gradient {self.b.dtype}: must be {bound}")
+
+    def operands(self, rows: int, dtype: torch.dtype, dims: int) -> tuple[Tensor, Tensor]:
+        """a and b, checked. An a of float32 whose output is bfloat16 was rounded by autocast, and so is it here."""
+        self.check(rows, dtype, dims)
+        return (self.a if self.a.dtype == self.b.dtype else self.a.to(self.b.dtype)), self.b
 
 
 @dataclasses.dataclass(eq=False)
@@ -80,9 +86,9 @@ class LinearUse(LayerUse):
     """Of a linear layer: a [B, (T,) I], b [B, (T,) O]."""
 
     def made(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
-        self.check(rows, dtype, 2)
+        a, b = self.operands(rows, dtype, 2)
         weight, bias = (self.module._parameters[key] for key in ("weight", "bias"))
-        return products(whole(weight), whole(bias), self.a, self.b, managed)
+        return products(whole(weight), whole(bias), a, b, managed)
 
     def fits(self, rows: int) -> bool:
         return are_small(self.a, self.b)
@@ -97,7 +103,7 @@ def products(
         a, b = a.squeeze(1), b.squeeze(1)
     of_bias = None
     if bias is not None and bias[0] in managed:
-        of_bias = Formed(*bias, b if b.dim() == 2 else b.sum(1))
+        of_bias = Formed(*bias, b if b.dim() == 2 else wide(b).sum(1))
     if weight is None or weight[0] not in managed:
         return [] if of_bias is None else [of_bias]
     if of_bias is None or b.dim() == 2:
@@ -130,11 +136,11 @@ class FormulaUse(LayerUse):
 
     def made(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         formula, dims = FORMULAS[type(self.module)]
-        self.check(rows, dtype, dims(self.module))
+        a, b = self.operands(rows, dtype, dims(self.module))
         parameters = [self.module._parameters.get(key) for key in ("weight", "bias")]
         wanted = [p is not None and p in managed for p in parameters]
         with torch.no_grad():
-            gradients = formula(self.module, self.a, self.b, *wanted)
+            gradients = formula(self.module, wide(a), wide(b), *wanted)
         return [
             Formed(p, 0, len(p), g.reshape(rows, -1))
             for p, g in zip(parameters, gradients, strict=True)
@@ -236,6 +242,8 @@ class Hooks:
     def before(self, module: nn.Module, args: Any) -> None:
         if module is not self.module or self.recorder.paused:
             return
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            refuse_compiled()
         self._paused.append([p for p in self.managed if p.requires_grad])
         for p in self._paused[-1]:
             p.requires_grad_(False)
@@ -327,7 +335,7 @@ class ModuleHooks(Hooks):
         recorder = self.recorder
         versions = [(x, x._version) for x in (*inputs, *self.managed)]
         values = [y.detach().clone() for y in watched]  # a user's in-place function may follow
-        call = Call(self.name, recorder.place, versions, self.unit, (args, kwargs), values)
+        call = Call(self.name, recorder.place, versions, self.unit, (args, kwargs), values, Autocast())
         torch.autograd.graph.register_multi_grad_hook(watched, lambda b: recorder.keep(call, list(b)))
         return tree_unflatten(leaves, spec)
 

@@ -55,6 +55,7 @@ class PrivateOptimizer(Optimizer):
         self._settings: list[dict[str, Any]] = []  # of the groups, at the last piece
         self._epochs_recorded = loader.epochs
         self._spans = {s.param: s for s in gradient.spans}
+        self._one_dtype = all(s.dtype == gradient.dtype for s in gradient.spans)
         # Where each of the module's parameters hangs: name, the submodule's own dictionary, key, parameter.
         self._slots = [
             (f"{prefix}.{key}" if prefix else key, m._parameters, key, p)
@@ -85,6 +86,20 @@ class PrivateOptimizer(Optimizer):
             self._probe.discarded()
         self._recorder.clear()
         self.inner.zero_grad(set_to_none=True)
+
+    # So that torch.amp.GradScaler gives its factor to the optimizer, `grad_scale`, instead of looking at `.grad`.
+    _step_supports_amp_scaling = True
+
+    @property
+    def grad_scale(self) -> float:
+        return 1.0
+
+    @grad_scale.setter
+    def grad_scale(self, value: Any) -> None:
+        raise PrivacyError(
+            "GradScaler: a scaled loss is clipped at another norm than max_grad_norm: use it with enabled=False, and "
+            "bfloat16, which needs none"
+        )
 
     @property
     def is_accumulating(self) -> bool:
@@ -119,7 +134,7 @@ class PrivateOptimizer(Optimizer):
             self.profile.wait()
         self._sum_over_ranks()
         self._mark("reduce")
-        if fused.is_fused(self.inner) and not self.plan.secure_mode:
+        if self._one_dtype and fused.is_fused(self.inner) and not self.plan.secure_mode:
             self._noise_and_step(step)
         else:
             self._noise_then_inner(step)
@@ -186,7 +201,7 @@ class PrivateOptimizer(Optimizer):
                 )
             if p.requires_grad != (s is not None):
                 raise PrivacyError(f"{name}: frozen or unfrozen after make_private")
-            if s is not None and (p.dtype != flat.dtype or p.shape != s.shape or not p.is_cpu or not p.is_contiguous()):
+            if s is not None and (p.dtype != s.dtype or p.shape != s.shape or not p.is_cpu or not p.is_contiguous()):
                 raise PrivacyError(f"{name}: its dtype, shape, device or layout was changed after make_private")
         for group in self.param_groups:
             for p in group["params"]:
@@ -211,7 +226,7 @@ class PrivateOptimizer(Optimizer):
             g = self.gradient.views[s.param]
             native.add_noise(g, self.plan.noise_std, self._key.tensor(), step, s.offset, self.plan.secure_mode)
             g /= self.plan.batch_size
-            s.param.grad = g.clone()  # not a view: whoever saved it would save the whole buffer
+            s.param.grad = g.to(s.dtype, copy=True)  # not a view: whoever saved it would save the whole buffer
         try:
             self.inner.step()
         finally:

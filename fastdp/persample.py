@@ -22,11 +22,16 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fastdp.errors import PrivacyError
 from fastdp.gradients import Formed, PerSample, rows_in
+from fastdp.precision import Autocast, coarsest, wide
 from fastdp.rules import Slot
 from fastdp.state import kept
 
-# Of the largest element: what float32 may round differently between a batch and a single record.
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
+# Of the largest element: what may be rounded differently between a batch and a single record. bfloat16 rounds each
+# operation to 2^-9; a random number or another record moves an output by about its own size.
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 2.0**-4}
+
+# Of the terms of a sum, in epsilons: what is left where they cancel.
+CANCELLED = {torch.float32: 8, torch.float64: 8, torch.bfloat16: 2}
 
 CHECKED_CALLS = 3  # of each module, in full: a batch more of its forward and backward
 
@@ -78,6 +83,7 @@ class Call(Use):
     unit: Unit
     arguments: tuple[Any, Any]
     outputs: list[Tensor]
+    autocast: Autocast = dataclasses.field(default_factory=Autocast)
     b: list[Tensor | None] = dataclasses.field(init=False)
 
     def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
@@ -91,6 +97,11 @@ class Call(Use):
     def gradients(self, rows: int) -> list[Tensor]:
         dims = self.unit.output_dims(self.outputs, rows)
         return [_first(b, dim) for b, dim in zip(self.b, dims, strict=True) if b is not None]
+
+    def precision(self, parameters: list[Tensor]) -> torch.dtype:
+        """The coarsest type that the module computes in; PrivacyError if there is no rule for it."""
+        dtypes = [x.dtype for x in (*_floating(self.arguments), *self.outputs, *parameters)]
+        return coarsest(self.layer, dtypes + [self.autocast.dtype] * self.autocast.on)
 
 
 class Unit:
@@ -143,13 +154,9 @@ class Unit:
         out_dims = self.output_dims(call.outputs, rows)
         if all(dim is None for dim in in_dims):
             raise PrivacyError(f"{self.layer}: no input has a dimension of the batch's {rows} records")
-        for y in call.outputs:
-            if y.dtype not in TOLERANCE:
-                raise PrivacyError(
-                    f"{self.layer}: output {y.dtype}: must be float32 or float64 (no autocast in this version)"
-                )
         b = [torch.zeros_like(y) if g is None else g for y, g in zip(call.outputs, call.b, strict=True)]
         parameters = [p.detach() for _, _, p in self._slots]
+        precision = call.precision(parameters)
 
         def one(records: list[Any], b: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
             """Gradients and outputs of one record; its tensors come without the dimension of records."""
@@ -163,16 +170,17 @@ class Unit:
             return pull(tuple(b)), outputs
 
         # vmap knows attention by its parts only.
-        with self._pause(), kept(self.module), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        backend = sdpa_kernel(SDPBackend.MATH)
+        with self._pause(), kept(self.module), torch.enable_grad(), call.autocast.again(), backend:
             gradients, outputs = self._all_records(one, leaves, in_dims, b, out_dims, rows)
             for y, again, dim in zip(call.outputs, outputs, out_dims, strict=True):
-                self._check_output(_first(y, dim), again)
+                self._check_output(_first(y, dim), again, TOLERANCE[precision])
             if self._checks_left:
                 self._checks_left -= 1
-                self._check_sum(gradients, tree_unflatten(leaves, spec), b)
+                self._check_sum([wide(g) for g in gradients], tree_unflatten(leaves, spec), b, precision)
         found: dict[Tensor, Tensor] = {}
         for (_, _, p), g in zip(self._slots, gradients, strict=True):
-            g = g.reshape(rows, -1)
+            g = wide(g.reshape(rows, -1))
             found[p] = found[p] + g if p in found else g
         return found
 
@@ -222,14 +230,14 @@ class Unit:
             for holder, key, p in self._slots:
                 holder._parameters[key] = p
 
-    def _check_output(self, y: Tensor, again: Tensor) -> None:
-        if not _close(y, again):
+    def _check_output(self, y: Tensor, again: Tensor, tolerance: float) -> None:
+        if not _close(y, again, tolerance):
             raise PrivacyError(
                 f"{self.layer}: {type(self.module).__name__} gave another output when it was run again record by "
                 "record: it draws random numbers, keeps state or mixes records (put nn.Dropout beside it, not inside)"
             )
 
-    def _check_sum(self, gradients: list[Tensor], arguments: Any, b: list[Tensor]) -> None:
+    def _check_sum(self, gradients: list[Tensor], arguments: Any, b: list[Tensor], precision: torch.dtype) -> None:
         """Against the sum that autograd gives for the whole batch, with the parameters themselves in their places."""
         parameters = [p for _, _, p in self._slots]
         outputs = self._run(tuple(parameters), *arguments)
@@ -238,10 +246,10 @@ class Unit:
         if used:
             ys, gs = zip(*used, strict=True)
             sums = [g if g is None else _dense(g) for g in torch.autograd.grad(ys, parameters, gs, allow_unused=True)]
-        # Of what cancels to nothing, the bias before a normalisation say, rounding is left: 1e-6 of the terms.
+        # Of what cancels to nothing, the bias before a normalisation say, rounding is left: 1e-6 of float32's terms.
         inputs = [x.abs().median().item() for x in _floating(arguments) if x.numel()]  # not of a hostile record
         terms = sum(g.abs().sum().item() for g in b) * max([1.0, *inputs])
-        rounding = 8 * torch.finfo(b[0].dtype).eps * terms if math.isfinite(terms) else 0.0
+        rounding = CANCELLED[precision] * torch.finfo(precision).eps * terms if math.isfinite(terms) else 0.0
         seen: set[Tensor] = set()
         for p, whole in zip(parameters, sums, strict=True):
             parts = [g for q, g in zip(parameters, gradients, strict=True) if q is p]
@@ -251,7 +259,7 @@ class Unit:
             seen.add(p)
             total = torch.stack([g.sum(0) for g in parts]).sum(0)
             difference = total if whole is None else total - whole
-            if not difference.abs().max().item() <= 2 * TOLERANCE[p.dtype] * size + rounding:
+            if not difference.abs().max().item() <= 2 * TOLERANCE[precision] * size + rounding:
                 raise PrivacyError(
                     f"{self.layer}: the gradients of {type(self.module).__name__} record by record do not add up to "
                     "that of the batch: it mixes records, or uses its parameters in a way that is not seen"
@@ -270,21 +278,21 @@ def _first(x: Tensor, dim: int | None) -> Tensor:
     return x if dim is None else x.movedim(dim, 0)
 
 
-def _close(x: Tensor, y: Tensor) -> bool:
-    """Whether y is x to rounding, of x's largest finite element; what is not finite must be so in both."""
+def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    """Whether y is x to a tolerance, of x's largest finite element; what is not finite must be so in both."""
     if x.shape != y.shape:
         return False
     if x.numel() == 0:
         return True
     size, difference = _largest(x), _largest(x - y)
     if math.isfinite(size) and math.isfinite(difference):
-        return difference <= TOLERANCE[x.dtype] * size
+        return difference <= tolerance * size
     # Hostile records. To select the others in every batch would take longer than all the rest of a CNN's step.
     finite = x.isfinite()
     if not torch.equal(finite, y.isfinite()):
         return False
     x, y = x[finite], y[finite]
-    return x.numel() == 0 or _largest(x - y) <= TOLERANCE[x.dtype] * _largest(x)
+    return x.numel() == 0 or _largest(x - y) <= tolerance * _largest(x)
 
 
 def _largest(x: Tensor) -> float:

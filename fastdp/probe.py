@@ -9,7 +9,8 @@ A single record is run again as another one: buffers must not follow, and nothin
 
 What this does not see: a `collate_fn` that mixes records before the loop gets them, code that couples records only in
 batches other than the probed ones (the first, and one in each decade of steps), and tensors that the loop copies behind
-the back of torch's function calls (`torch.tensor(x)`, `x.as_subclass(Tensor)`, `torch.from_dlpack(x)`, `w.data = x`).
+the back of torch's function calls (`torch.tensor(x)`, `x.as_subclass(Tensor)`, `torch.from_dlpack(x)`, `w.data = x`);
+and, in bfloat16, what moves the others by less than that rounds: 2 % of a column, 0.4 % of a layer's largest value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Per-sample gradients of nn.LSTM, nn.GRU and nn.RNN, from the gradients of their gates: fastdp/gates.py makes those.
+"""Per-sample gradients of nn.LSTM, nn.GRU and nn.RNN, from the gradients of their gates: fastdp/gates.py makes those,
+of bfloat16 in float32.
 
 No record's gates depend on other records, whatever the options are, so nothing is checked as in fastdp/persample.py.
 """
@@ -18,6 +19,7 @@ from fastdp.gates import WAYS, Sums, Way
 from fastdp.gradients import Formed, PerSample, Product
 from fastdp.layers import Hooks
 from fastdp.persample import Use
+from fastdp.precision import coarsest, wide, without_autocast
 
 
 @dataclasses.dataclass(eq=False)
@@ -70,14 +72,15 @@ class Layers:
 
     def forward(self) -> list[Tensor]:
         """y [B, T, O] and the last states."""
-        m, x = self.module, self.use.x
+        m, x = self.module, wide(self.use.x)
         last: list[list[Tensor]] = []
         for layer in range(m.num_layers):
             ways = []
             y = x.new_empty(*x.shape[:2], (1 + m.bidirectional) * (m.proj_size or m.hidden_size))
             for way, y_way in enumerate(y.chunk(1 + m.bidirectional, 2)):
-                states = [s[len(last)] for s in self.use.states]
-                ways.append(WAYS[m.mode][1](self._weights(layer, way), x, states, way == 1))
+                states = [wide(s[len(last)]) for s in self.use.states]
+                weights = {kind: wide(p.detach()) for kind, p in self._weights(layer, way).items()}
+                ways.append(WAYS[m.mode][1](weights, x, states, way == 1))
                 last.append(ways[way].forward(y_way))
             self.ways.append(ways)
             x = y
@@ -87,8 +90,10 @@ class Layers:
     def backward(self, wants_x: bool) -> tuple[Tensor | None, list[Tensor]]:
         """The gates' gradients into `use.sums`; the gradients of x and of the initial states."""
         use = self.use
-        b, *last = use.b
-        gradients = [torch.zeros_like(s) if g is None else g.clone() for s, g in zip(use.states, last, strict=True)]
+        b, *last = (None if g is None else wide(g) for g in use.b)
+        gradients = [
+            wide(torch.zeros_like(s) if g is None else g.clone()) for s, g in zip(use.states, last, strict=True)
+        ]
         k = len(gradients[0])
         for layer in reversed(range(len(self.ways))):
             ways, dx = self.ways.pop(), None
@@ -97,7 +102,7 @@ class Layers:
             k -= len(ways)
             for j, (way, b_way) in enumerate(zip(ways, b.chunk(len(ways), 2), strict=True)):
                 sums = way.backward(b_way, [g[k + j] for g in gradients])
-                use.sums.append((way.weights, sums))
+                use.sums.append((self._weights(layer, j), sums))
                 if layer or wants_x:
                     part = sums["ih"][1] @ way.weights["weight_ih"]
                     dx = part if dx is None else dx.add_(part)
@@ -115,7 +120,9 @@ class _Gates(torch.autograd.Function):
     def forward(ctx: Any, use: RecurrentUse, keep: Callable[[Use, Any], None], anchor: Tensor, *inputs: Tensor) -> Any:
         ctx.use, ctx.layers, ctx.keep = use, Layers(use), keep
         ctx.set_materialize_grads(False)
-        y, *last = ctx.layers.forward()
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else use.x.dtype
+        with without_autocast():
+            y, *last = (out.to(dtype) for out in ctx.layers.forward())
         return _turned(use.module, y), *last
 
     @staticmethod
@@ -170,10 +177,10 @@ class RecurrentHooks(Hooks):
             )
         x, given = args[0], list(args[1]) if m.mode == "LSTM" else [args[1]]
         dtype = m._flat_weights[0].dtype
-        if x.dtype != dtype or torch.is_autocast_enabled("cpu"):
-            raise PrivacyError(
-                f"{self.name}: input {x.dtype}: must be {dtype} as its parameters (no autocast in this version)"
-            )
+        autocast = torch.is_autocast_enabled("cpu")
+        coarsest(self.name, [x.dtype, *([torch.get_autocast_dtype("cpu")] if autocast else [])])
+        if x.dtype != dtype and not autocast:
+            raise PrivacyError(f"{self.name}: input {x.dtype}: must be {dtype} as its parameters")
         versions = [(s, s._version) for s in (x, *given, *m._flat_weights)]
         states = [s.detach() for s in given]
         use = RecurrentUse(self.name, self.recorder.place, versions, m, _turned(m, x.detach()), states)

@@ -71,8 +71,10 @@ def check(module: nn.Module) -> None:
     for p in managed:
         if p._backward_hooks:
             raise ArgumentError("module.parameters()", "a parameter with gradient hooks", "without: they would not run")
-        if p.dtype not in (torch.float32, torch.float64) or p.dtype != managed[0].dtype or p.device.type != "cpu":
-            raise ArgumentError("module.parameters()", f"{p.dtype} on {p.device}", "all float32 or all float64, on cpu")
+        wide = torch.float64 in (p.dtype, managed[0].dtype) and p.dtype != managed[0].dtype
+        if p.dtype not in (torch.float32, torch.bfloat16, torch.float64) or wide or p.device.type != "cpu":
+            bound = "all float64, or float32 and bfloat16, on cpu"
+            raise ArgumentError("module.parameters()", f"{p.dtype} on {p.device}", bound)
 
 
 def refusal(m: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -40,13 +41,14 @@ class Scales:
             if getattr(func, "__name__", "") in _SCALINGS:
                 found += [x for x in tree_leaves((args, kwargs)) if not isinstance(x, Taped)]
         rows, scales = tape.rows, [scale for x in found if (scale := _scale_of(x)) is not None]
-        is_count = rows > 1 and any(math.isclose(x, count, rel_tol=1e-6) for x in scales for count in (rows, 1 / rows))
+        counts = [c for count in (rows, 1 / rows) for c in (count, _rounded(count))]
+        is_count = rows > 1 and any(math.isclose(x, count, rel_tol=1e-6) for x in scales for count in counts)
         before, self._last = self._last, (rows, scales)
         compared = before is not None and before[0] != rows and len(before[1]) == len(scales)
         follows = (
             compared
             and before is not None
-            and any(_follows(x / y, rows / before[0]) for x, y in zip(scales, before[1], strict=True))
+            and any(_follows(x, y, rows / before[0]) for x, y in zip(scales, before[1], strict=True))
         )
         # Batches of one size (shuffled ones) never tell, and are not coupled by it.
         self.undecided = bool(scales) and batch < UNDECIDED_BATCHES and (not compared or is_count)
@@ -66,6 +68,11 @@ def _scale_of(x: Any) -> float | None:
     return abs(float(x))
 
 
-def _follows(ratio: float, of_rows: float) -> bool:
-    """Whether one grew as a power of the other; rounding of float32 included."""
-    return any(math.isclose(ratio, of_rows**power, rel_tol=1e-6) for p in _POWERS for power in (p, -p))
+def _rounded(x: float) -> float:
+    return torch.tensor(x, dtype=torch.bfloat16).item()
+
+
+def _follows(x: float, y: float, of_rows: float) -> bool:
+    """Whether x / y grew as a power of the rows; rounding of float32 included, and of bfloat16 where it was that."""
+    limit = 2.0**-8 if x != y and x == _rounded(x) and y == _rounded(y) else 1e-6
+    return any(math.isclose(x / y, of_rows**power, rel_tol=limit) for p in _POWERS for power in (p, -p))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._guards import CompileContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastdp.errors import PrivacyError
+from fastdp.errors import refuse_compiled
+from fastdp.precision import Autocast
 from fastdp.state import State
 
 
@@ -40,6 +41,7 @@ class Tape:
     ) -> None:
         self.rows, self.on_backward = rows, on_backward
         self.calls: list[tuple[Any, Any, Any, Any]] = []  # function, args, kwargs, result
+        self._autocast: list[Autocast] = []  # that each of them ran in
         self.drew = False  # random numbers were drawn in the last replay
         self.modules: set[Any] = set()  # autograd's nodes of the root module's outputs
         self._is_active = is_active
@@ -61,7 +63,11 @@ class Tape:
     def end(self, root: Any, output: Any) -> None:
         """It returned."""
         args, kwargs, self._randoms[len(self.calls)] = self._begun
-        self.calls.append((root, args, kwargs, output))
+        self.add_call(root, args, kwargs, output)
+
+    def add_call(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        self.calls.append((func, args, kwargs, result))
+        self._autocast.append(Autocast())
 
     def add_source(self, x: Tensor) -> Tensor:
         marked = mark(x, self)
@@ -79,7 +85,9 @@ class Tape:
                 self._randoms[number].restore()
                 start = torch.get_rng_state()
             args, kwargs = tree_map_only(Tensor, lambda x: known.get(id(x), x), (args, kwargs))
-            for x, y in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+            with self._autocast[number].again():
+                again = func(*args, **kwargs)
+            for x, y in zip(tree_leaves(result), tree_leaves(again), strict=True):
                 if isinstance(x, Tensor):
                     known[id(x)] = y
                 elif isinstance(y, np.ndarray):
@@ -99,7 +107,7 @@ class Taped(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if CompileContext.current_compile_id() is not None:
-            raise PrivacyError("torch.compile: compiled models and losses are not supported in this version")
+            refuse_compiled()
         tape = next(x._tape for x in tree_leaves((args, kwargs)) if isinstance(x, Taped))
         active = tape.active
         with torch._C.DisableTorchFunctionSubclass():
@@ -111,7 +119,7 @@ class Taped(Tensor):
             if not active:
                 return result
             result = tree_map_only(Tensor, lambda x: mark(x, tape), result)
-            tape.calls.append((func, args, kwargs, result))
+            tape.add_call(func, args, kwargs, result)
             return result
 
 

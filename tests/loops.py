@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from fastdp import PrivacyEngine, reference, watch
+from fastdp import PrivacyEngine, native, reference, watch
 from fastdp.gradients import of_parameters
 from fastdp.layers import Recorder
 from fastdp.persample import Use
@@ -110,19 +110,26 @@ def oracle_step(
     optimizer.step()
 
 
-def seen(module: nn.Module, b: Tensor, *inputs: Tensor) -> tuple[dict[Tensor, Tensor], list[Use]]:
+def seen(
+    module: nn.Module, b: Tensor, *inputs: Tensor, autocast: bool = False
+) -> tuple[dict[Tensor, Tensor], list[Use]]:
     """Per-sample gradients [B, *shape] of the trained parameters, as the hooks see them, and the uses they are from.
 
-    b: the gradient of module(*inputs)."""
+    b: the gradient of module(*inputs). autocast: to bfloat16, of the forward."""
     recorder = Recorder()
     watch.attach(module, recorder)
     recorder.depth = 1
-    y = module(*inputs)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = module(*inputs)
     if y.requires_grad:
         y.backward(b)
-    found = {p: torch.zeros(len(b), *p.shape, dtype=p.dtype) for p in module.parameters() if p.requires_grad}
-    for part in of_parameters(p for use in recorder.uses for p in use.parts(found, len(b), b.dtype)):
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    dtype = native.sum_dtype(parameters[0].dtype) if parameters else b.dtype
+    found = {p: torch.zeros(len(b), *p.shape, dtype=dtype) for p in parameters}
+    for part in of_parameters(p for use in recorder.uses for p in use.parts(found, len(b), dtype)):
         for block in part.blocks():
-            found[block.p] += block.expanded().g.view_as(found[block.p])
+            g = block.expanded().formed()
+            assert g.dtype == dtype
+            found[block.p] += g.view_as(found[block.p])
     assert all(p.grad is None for p in module.parameters())
     return found, recorder.uses

@@ -144,7 +144,8 @@ def test_an_input_changed_in_place_is_refused_by_name() -> None:
             "module.1='BatchNorm1d': must be replaced",
         ),
         (nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3)), "module.1='BatchNorm1d'"),
-        (nn.Linear(6, 3).bfloat16(), "torch.bfloat16"),
+        (nn.Linear(6, 3).half(), "torch.float16 on cpu': must be all float64, or float32 and bfloat16"),
+        (nn.Sequential(nn.Linear(6, 3).double(), nn.Linear(3, 3).bfloat16()), "torch.bfloat16 on cpu"),
         (nn.Linear(6, 3).requires_grad_(False), "at least one parameter"),
     ],
 )
@@ -318,3 +319,70 @@ def test_a_model_compiled_after_make_private_is_refused_by_name(loop) -> None:
     x, _y = next(iter(loader))
     with pytest.raises(Exception, match=r"torch.compile: compiled models and losses are not supported"):
         torch.compile(module, backend="aot_eager")(x)
+
+
+COMPILED = {
+    "module": lambda m: torch.compile(m, backend="aot_eager"),
+    "module in place": lambda m: m.compile(backend="aot_eager") or m,
+    "part in place": lambda m: m[1].compile(backend="aot_eager") or m,
+    "layer in place": lambda m: m[0].compile(backend="aot_eager") or m,
+    "forward": lambda m: setattr(m, "forward", torch.compile(m.forward, backend="aot_eager")) or m,
+    "forward of a part": lambda m: setattr(m[1], "forward", torch.compile(m[1].forward, backend="aot_eager")) or m,
+    "forward of a layer": lambda m: setattr(m[0], "forward", torch.compile(m[0].forward, backend="aot_eager")) or m,
+    "function around it": lambda m: torch.compile(lambda x: m(x) * 1.0, backend="aot_eager"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own
+@pytest.mark.parametrize("batch", [None, 0, 1])
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiled_in_any_way_is_refused_by_name_or_exact(how: str, batch: int | None) -> None:
+    """Before make_private (None), at the first batch, which is probed, and at one that is not."""
+    torch._dynamo.reset()
+    module = nn.Sequential(nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 5), nn.Tanh()), nn.Linear(5, 3))
+    twin = copy.deepcopy(module)
+
+    def train(module: nn.Module, batch: int | None) -> None:
+        call = COMPILED[how](module) if batch is None and how != "function around it" else module
+        module = call if isinstance(call, nn.Module) else module
+        _, module, optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+        call = module
+        for i, (x, y) in enumerate(loader):
+            call = COMPILED[how](module) if i == batch else call
+            optimizer.zero_grad()
+            F.cross_entropy(call(x), y).backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    if (how, batch is None) in (("forward of a layer", False), ("function around it", True)):
+        train(module, batch)  # the hooks are outside, or nothing is compiled
+        torch.manual_seed(0)
+        train(twin, -1)
+        for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+        return
+    message = r"must be (not compiled|nn\.Linear|nn.Linear with its own)|compiled models and losses are not supported"
+    with pytest.raises(Exception, match=message):
+        train(module, batch)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own
+@pytest.mark.parametrize("batch", [0, 1])
+def test_a_compiled_loss_is_refused_or_exact(batch: int) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(F.cross_entropy, backend="aot_eager")
+    modules = [MODELS["mlp"]()]
+    modules.append(copy.deepcopy(modules[0]))
+    for module, losses in zip(modules, (compiled, F.cross_entropy), strict=True):
+        torch.manual_seed(0)
+        _, module, optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+        for i, (x, y) in enumerate(loader):
+            optimizer.zero_grad()
+            if i == batch == 0:
+                with pytest.raises(Exception, match="compiled models and losses are not supported"):
+                    losses(module(x), y)
+                return
+            (losses if i >= batch else F.cross_entropy)(module(x), y).backward()
+            optimizer.step()
+    for p, q in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)

@@ -330,9 +330,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "Returns returns a torch.complex",
     ),
     "object": (lambda: Block(Returns(lambda y: [y].__iter__()), lambda x: x, lambda y: next(y)), "returns a list_iter"),
-    "bfloat16": (
-        lambda: Block(Returns(lambda y: y.bfloat16()), lambda x: x, lambda y: y.to(torch.float32)),
-        "no autocast",
+    "float16": (
+        lambda: Block(Returns(lambda y: y.half()), lambda x: x, lambda y: y.to(torch.float32)),
+        r"layer '0\.layer': an input, output or autocast of torch.float16: must be bfloat16",
     ),
     "time first Linear": (lambda: Block(nn.Linear(2, 2), time_first, lambda y: y.transpose(0, 1)), r"layer '0\.layer'"),
     "offsets": (
