@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdp.gradients import Block, PerSample, are_small
-from fastdp.layers import Hooks, LayerUse, products
+from fastdp.layers import Hooks
+from fastdp.uses import LayerUse, products
 
 LINEAR: Final = F.linear  # torch's own
 

@@ -17,8 +17,8 @@ from torch.optim import LBFGS, Optimizer
 from fastdp import native, rules
 from fastdp.errors import ArgumentError, PrivacyError, require
 from fastdp.gradients import Norms, PerSample, Scratch, of_parameters, rows_in
-from fastdp.persample import Use
 from fastdp.precision import without_autocast
+from fastdp.uses import Use
 
 # Parameters start on cache lines of the flat buffer: 16 floats.
 ALIGNMENT = 16

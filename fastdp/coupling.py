@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastdp.errors import PrivacyError
-from fastdp.layers import LayerUse
-from fastdp.persample import Call, Use
+from fastdp.persample import Call
 from fastdp.precision import coarsest
+from fastdp.uses import LayerUse, Use
 
 # Rows of a matrix product may be rounded differently when another row changes. With half of the records replaced, a
 # coupling moves the others by a sizeable part of themselves. bfloat16 makes of such a difference one of an epsilon,

@@ -25,6 +25,7 @@ from fastdp.gradients import Formed, PerSample, rows_in
 from fastdp.precision import Autocast, coarsest, wide
 from fastdp.rules import Slot
 from fastdp.state import kept
+from fastdp.uses import Use
 
 # Of the largest element: what may be rounded differently between a batch and a single record. bfloat16 rounds each
 # operation to 2^-9; a random number or another record moves an output by about its own size.
@@ -34,46 +35,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9, torch.bfloat16: 2.0**-4}
 CANCELLED = {torch.float32: 8, torch.float64: 8, torch.bfloat16: 2}
 
 CHECKED_CALLS = 3  # of each module, in full: a batch more of its forward and backward
-
-
-@dataclasses.dataclass(eq=False)
-class Use:
-    """One call of a layer in a forward, and b, when the backward has come by."""
-
-    layer: str
-    batch: int | None
-    versions: list[tuple[Tensor, int]]
-    b: Any = dataclasses.field(init=False)
-    is_spent: bool = dataclasses.field(default=False, init=False)
-
-    def check_unchanged(self) -> None:
-        if any(x._version != version for x, version in self.versions):
-            raise PrivacyError(f"{self.layer}: its input was changed in place after the layer used it")
-
-    def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
-        """What this call says of the per-sample gradients of the `managed` parameters; PrivacyError if it is not exact.
-
-        rows: records in the batch; dtype: of the parameters.
-        """
-        raise NotImplementedError
-
-    def settle(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> None:
-        """During the backward: make parts() now if they take no more memory than what they are made of, and let go of
-        that, which the graph's hooks, and the user's loss through them, would keep alive."""
-
-    def spend(self) -> None:
-        """Let all tensors go: the graph's hooks, and the user's loss through them, keep this use alive."""
-        self.is_spent, self.versions = True, []
-        for name in [name for name in vars(self) if name not in ("layer", "batch", "versions", "is_spent")]:
-            delattr(self, name)
-
-    def inputs(self, rows: int) -> list[Tensor]:
-        """The input tensors; records first in those that have one in each row."""
-        raise NotImplementedError
-
-    def gradients(self, rows: int) -> list[Tensor]:
-        """Of the outputs, records first."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(eq=False)

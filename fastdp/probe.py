@@ -29,11 +29,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.coupling import STRENGTHS, compare, compare_half, replace_rows, size
 from fastdp.errors import PrivacyError
-from fastdp.layers import PLAIN, Inert, LayerUse, Recorder
-from fastdp.persample import Use
+from fastdp.layers import PLAIN, Inert, Recorder
 from fastdp.scales import Scales
 from fastdp.state import State
 from fastdp.tape import Tape, mark, plain
+from fastdp.uses import LayerUse, Use
 
 PROBED_BATCHES = {1, 10, 100, 1000}
 

@@ -18,8 +18,8 @@ from fastdp.errors import PrivacyError
 from fastdp.gates import WAYS, Sums, Way
 from fastdp.gradients import Formed, PerSample, Product
 from fastdp.layers import Hooks
-from fastdp.persample import Use
 from fastdp.precision import coarsest, wide, without_autocast
+from fastdp.uses import Use
 
 
 @dataclasses.dataclass(eq=False)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from fastdp import PrivacyEngine, native, reference, watch
 from fastdp.gradients import of_parameters
 from fastdp.layers import Recorder
-from fastdp.persample import Use
+from fastdp.uses import Use
 
 
 class Reused(nn.Module):

@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 import fastdp
 from fastdp.errors import PrivacyError
 from fastdp.formulas import FORMULAS
-from fastdp.layers import FormulaUse
 from fastdp.rules import has_formula
+from fastdp.uses import FormulaUse
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 from fastdp import PrivacyError, persample
 from fastdp.clipping import GradientSum, Span
 from fastdp.gradients import Formed, Product, of_parameters
-from fastdp.layers import LinearUse
 from fastdp.persample import Call, Unit
+from fastdp.uses import LinearUse
 
 
 def test_a_shared_mask_of_the_batch_size_stays_shared() -> None:
