@@ -33,6 +33,21 @@ void sq_norms(Rows<T> g, double* out, int threads) {
 
 namespace {
 
+// Also of a row of doubles whose squares vanish: its product with another's norm may not be small.
+template <class T>
+double row_norm(Rows<T> rows, int64_t i) {
+  const double sq = kernels().typed(T{}).sum_squares(rows.row(i), rows.n);
+  if (sizeof(T) < sizeof(double) || !(sq < 1e-280)) return std::sqrt(sq);
+  double largest = 0.0, sum = 0.0;
+  for (int64_t j = 0; j < rows.n; ++j) largest = std::max(largest, std::abs(static_cast<double>(load(rows.row(i)[j]))));
+  if (largest == 0.0) return 0.0;
+  for (int64_t j = 0; j < rows.n; ++j) {
+    const double v = load(rows.row(i)[j]) / largest;
+    sum += v * v;
+  }
+  return largest * std::sqrt(sum);
+}
+
 // |sum_t b_t|^2
 template <class T>
 double sum_sq_norm(Rows<T> b) {
@@ -59,7 +74,8 @@ void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double*
     for (int64_t i = part * group; i < end; ++i) {
       const int64_t t = i * positions;
       if (positions == 1) {  // |b a^T|^2 + |b|^2 = |b|^2 (|a|^2 + 1)
-        out[i] += k.sum_squares(b.row(t), b.n) * (k.sum_squares(a.row(t), a.n) + (bias ? 1.0 : 0.0));
+        const double norm = row_norm(b, t), of_a = row_norm(a, t), product = norm * of_a;
+        out[i] += product * product + (bias ? norm * norm : 0.0);
         continue;
       }
       const Rows<T> of_a{a.row(t), positions, a.n, a.stride}, of_b{b.row(t), positions, b.n, b.stride};

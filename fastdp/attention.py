@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdp.errors import PrivacyError
 from fastdp.gradients import Block, PerSample, are_small
 from fastdp.layers import Hooks
 from fastdp.uses import LayerUse, products
@@ -40,19 +41,24 @@ class ProjectionUse(LayerUse):
 class AttentionHooks(Hooks):
     """Of one nn.MultiheadAttention without bias_k and bias_v."""
 
+    _is_entered = False
+
     def before(self, module: nn.Module, args: Any) -> None:
         super().before(module, args)
-        if module is self.module and not self.recorder.paused:
+        if module is self.module and not self.recorder.paused and torch.is_grad_enabled():
             self._records: int | None = None  # of the call that begins: its first projection tells
-            _enter(self._linear if torch.is_grad_enabled() else LINEAR)
+            _enter(self._linear)
+            self._is_entered = True
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if module is self.module and not self.recorder.paused:
+        if self._is_entered and not self.recorder.paused and self.has_begun(module):
+            self._is_entered = False
             _leave()
         return super().after(module, args, kwargs, output)
 
     def watch(self, args: Any, kwargs: Any, output: Any) -> None:
-        """Nothing is left to do."""
+        if self._records is None:
+            raise PrivacyError(f"{self.name}: MultiheadAttention did not run as torch's does")
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """torch's, of x [T, B, I], or [T * B, I] after attention."""
@@ -74,8 +80,10 @@ class AttentionHooks(Hooks):
         if x is None:
             return None
         for p in self.managed:
-            if x.untyped_storage().data_ptr() == p.untyped_storage().data_ptr():
-                return p, (x.storage_offset() - p.storage_offset()) // p.stride(0), len(x)
+            begin = x.storage_offset() - p.storage_offset()  # parameters may lie in one storage
+            inside = 0 <= begin <= p.numel() - x.numel() and x.stride() == p.stride()
+            if inside and x.untyped_storage().data_ptr() == p.untyped_storage().data_ptr():
+                return p, begin // p.stride(0), len(x)
         return None
 
 
@@ -93,6 +101,7 @@ class _Calls(threading.local):
 
 _calls, _lock = _Calls(), threading.Lock()
 _count = 0  # of calls that are going on, on any thread
+_fast_path = True  # torch's setting before them: a kernel without F.linear, in eval() where nothing requires a gradient
 
 
 def _linear(*args: Any, **kwargs: Any) -> Tensor:
@@ -100,10 +109,13 @@ def _linear(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _enter(instead: Callable[..., Tensor]) -> None:
-    global _count
+    global _count, _fast_path
     with _lock:
+        if _count == 0:
+            _fast_path = torch.backends.mha.get_fastpath_enabled()
         _count += 1
         F.linear = _linear
+        torch.backends.mha.set_fastpath_enabled(False)
     _calls.instead.append(instead)
 
 
@@ -114,3 +126,4 @@ def _leave() -> None:
         _count -= 1
         if _count == 0:
             F.linear = LINEAR
+            torch.backends.mha.set_fastpath_enabled(_fast_path)

@@ -10,6 +10,7 @@ record by record on what was kept: fastdp/persample.py.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -77,6 +78,7 @@ class Recorder:
             raise PrivacyError(f"{use.layer}: backward() through a forward of an earlier batch")
         use.check_unchanged()
         use.b = b
+        use.versions = [*use.versions, *((x, x._version) for x in (b if isinstance(b, list) else [b]) if x is not None)]
         self.uses.append(use)
         if self.batch >= 0:
             self.settle(use)
@@ -109,9 +111,11 @@ class Hooks:
     def __init__(self, name: str, module: nn.Module, slots: list[Slot], recorder: Recorder) -> None:
         self.name, self.module, self.recorder = name, module, recorder
         self.managed = [p for _, _, p in slots]
+        self._slots = slots
         self._paused: list[list[Tensor]] = []  # of each call that is going on: a module may call itself
+        self._thread: int | None = None  # that they are on
         self._anchor = torch.zeros((), requires_grad=True)
-        module.register_forward_pre_hook(self.before)
+        self._handle = module.register_forward_pre_hook(self.before)
         # First of all: hooks of the user's then act on an output that is already watched.
         module.register_forward_hook(self.after, with_kwargs=True, always_call=True, prepend=True)
 
@@ -120,12 +124,33 @@ class Hooks:
             return
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
             refuse_compiled()
+        self._check_call()
         self._paused.append([p for p in self.managed if p.requires_grad])
         for p in self._paused[-1]:
             p.requires_grad_(False)
 
+    def _check_call(self) -> None:
+        """PrivacyError where a gradient would be lost while parameters do not require one."""
+        if self._paused and self._thread != threading.get_ident():
+            raise PrivacyError(f"{self.name}: called on two threads at once: give evaluation a copy.deepcopy(model)")
+        self._thread = threading.get_ident()
+        if not torch.is_grad_enabled():
+            return
+        path = self.name.removeprefix("layer ").strip("'")
+        for holder, key, p in self._slots:
+            if holder._parameters.get(key) is not p:
+                raise PrivacyError(f"{path}.{key}: removed or replaced after make_private")
+        for number, hook in reversed(self.module._forward_pre_hooks.items()):
+            if number == self._handle.id:
+                break
+            if not type(getattr(hook, "__self__", None)).__module__.startswith("fastdp."):
+                raise PrivacyError(
+                    f"{self.name}: a forward pre-hook registered after make_private, from which gradients of the "
+                    "layer's parameters would be lost: register it before"
+                )
+
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if module is not self.module or self.recorder.paused:
+        if not self.has_begun(module):
             return None
         for p in self._paused.pop():
             p.requires_grad_(True)
@@ -133,6 +158,10 @@ class Hooks:
         if output is None or not torch.is_grad_enabled() or self._paused:
             return None
         return self.watch(args, kwargs, output)
+
+    def has_begun(self, module: nn.Module) -> bool:
+        """Whether before() did its part of the call that ends now: it, or a hook before it, may have raised."""
+        return module is self.module and bool(self._paused) and self._thread == threading.get_ident()
 
     def watch(self, args: Any, kwargs: Any, output: Any) -> Any:
         """Keep what is needed of this call, and see to it that the gradient of the output is kept."""

@@ -171,7 +171,10 @@ class RecurrentHooks(Hooks):
         assert isinstance(m, nn.RNNBase)
         if func is not WAYS[m.mode][0] or not torch.is_grad_enabled():
             return None
-        if args[2] is not m._flat_weights:  # (data, batch sizes, initial states, weights, ...)
+        if args[2] is not m._flat_weights:
+            if args[3] is not m._flat_weights:
+                return None  # another module's: an interrupt, which ends no hooks, left the mode on
+            # (data, batch sizes, initial states, weights, ...)
             raise PrivacyError(
                 f"{self.name}: a PackedSequence: must be padded to a tensor, one sequence of each record"
             )

@@ -27,7 +27,7 @@ class Use:
 
     def check_unchanged(self) -> None:
         if any(x._version != version for x, version in self.versions):
-            raise PrivacyError(f"{self.layer}: its input was changed in place after the layer used it")
+            raise PrivacyError(f"{self.layer}: its input or output gradient was changed in place after it was used")
 
     def parts(self, managed: Container[Tensor], rows: int, dtype: torch.dtype) -> list[PerSample]:
         """What this call says of the per-sample gradients of the `managed` parameters; PrivacyError if it is not exact.

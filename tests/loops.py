@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from fastdp import PrivacyEngine, native, reference, watch
-from fastdp.gradients import of_parameters
+from fastdp.gradients import Norms, of_parameters
 from fastdp.layers import Recorder
 from fastdp.uses import Use
 
@@ -126,10 +126,14 @@ def seen(
     parameters = [p for p in module.parameters() if p.requires_grad]
     dtype = native.sum_dtype(parameters[0].dtype) if parameters else b.dtype
     found = {p: torch.zeros(len(b), *p.shape, dtype=dtype) for p in parameters}
+    norms = Norms(len(b), dtype)
     for part in of_parameters(p for use in recorder.uses for p in use.parts(found, len(b), dtype)):
+        part.add_sq_norms(norms)
         for block in part.blocks():
             g = block.expanded().formed()
             assert g.dtype == dtype
             found[block.p] += g.view_as(found[block.p])
+    whole = sum((g.double().flatten(1).square().sum(1) for g in found.values()), torch.zeros(len(b)).double())
+    torch.testing.assert_close(norms.sq, whole, rtol=1e-3, atol=1e-12)
     assert all(p.grad is None for p in module.parameters())
     return found, recorder.uses

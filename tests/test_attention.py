@@ -135,7 +135,7 @@ def test_a_call_without_records_is_refused() -> None:
         recorder.uses[0].parts(set(module.parameters()), B, torch.float32)
 
 
-def test_another_thread_sees_torchs_linear() -> None:
+def test_another_thread_sees_torchs_linear(monkeypatch: pytest.MonkeyPatch) -> None:
     module, other = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
     recorder = Recorder()
     watch.attach(module, recorder)
@@ -147,12 +147,52 @@ def test_another_thread_sees_torchs_linear() -> None:
         y = F.linear(x, module.in_proj_weight)
         seen.append((y, F.linear(x, other.weight)))
 
-    def during(*_: Any) -> None:
+    def during(*args: Any, **kwargs: Any) -> Tensor:
         thread = threading.Thread(target=beside, args=(torch.randn(3, B, 4),))
         thread.start()
         thread.join()
+        return softmax(*args, **kwargs)
 
-    module.register_forward_pre_hook(during)  # after fastdp's: the call has begun
+    softmax = F.softmax
+    monkeypatch.setattr(F, "softmax", during)  # in the middle of the call
     x = torch.randn(B, 3, 4)
     module(x, x, x)[0].sum().backward()
     assert len(seen) == 1 and len(recorder.uses) == 2
+
+
+def test_attention_in_eval_mode_is_trained() -> None:
+    """torch's fast path for inference, which an input without gradient would take, has no projections to be seen."""
+    module = nn.Sequential(nn.Unflatten(1, (5, 8)), First(nn.MultiheadAttention(8, 2, batch_first=True))).eval()
+    before = [p.detach().clone() for p in module.parameters()]
+    assert all(not torch.equal(p, q) for p, q in zip(before[:1] + before[2:], after_steps(module), strict=True))
+    assert torch.backends.mha.get_fastpath_enabled() and F.linear is LINEAR
+
+
+class First(nn.Module):
+    """Of what attention of x to itself returns."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0]
+
+
+def after_steps(module: nn.Module) -> list[Tensor]:
+    found = steps(module)
+    return found[:1] + found[2:]
+
+
+def test_parameters_that_lie_in_one_storage_are_told_apart() -> None:
+    module = nn.MultiheadAttention(2, 1, batch_first=True)
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(module.parameters()), module.parameters())
+    module.in_proj_weight.requires_grad_(False)
+    alone, x = copy.deepcopy(module).double(), torch.randn(B, 3, 2)
+    b = torch.randn(B, 3, 2)
+    found, _ = seen(First(module), b, x)
+    for i in range(B):
+        y = alone(*[x[i : i + 1].double()] * 3)[0]
+        want = torch.autograd.grad(y, [p for p in alone.parameters() if p.requires_grad], b[i : i + 1].double())
+        for g, w in zip(found.values(), want, strict=True):
+            torch.testing.assert_close(g[i].double(), w, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from fastdp import ArgumentError, PrivacyEngine, PrivacyError
+from fastdp.optimizer import PrivateOptimizer
 
 
 def test_a_step_needs_exactly_one_batch(loop) -> None:
@@ -132,8 +134,76 @@ def test_an_input_changed_in_place_is_refused_by_name() -> None:
     module = ChangesItsInput()
     _, module, _optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
     x, y = next(iter(loader))
-    with pytest.raises(PrivacyError, match="layer 'layer': its input was changed in place"):
+    with pytest.raises(PrivacyError, match="layer 'layer': its input or output gradient was changed"):
         F.cross_entropy(module(x), y).backward()
+
+
+def linear() -> tuple[nn.Module, PrivateOptimizer, Tensor]:
+    """A private layer, and a batch."""
+    module = nn.Linear(6, 3)
+    _, module, optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+    batches = iter(loader)
+    for _ in range(3):  # beyond the batches that are probed, of which the loop has marked tensors
+        x, y = next(batches)
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    return module, optimizer, next(batches)[0].as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("which", ["input", "output gradient"])
+def test_what_is_changed_in_place_before_the_step_is_refused_by_name(which: str) -> None:
+    module, optimizer, x = linear()
+    y = module(x)
+    g = torch.full_like(y, 1.0 / len(x))
+    y.backward(g)
+    (x if which == "input" else g).mul_(2)
+    with pytest.raises(PrivacyError, match="module: its input or output gradient was changed"):
+        optimizer.step()
+
+
+def test_a_hook_that_would_see_paused_parameters_is_refused() -> None:
+    module, _optimizer, x = linear()
+    module.register_forward_pre_hook(lambda m, args: (args[0] * m.weight.sum(),))
+    with pytest.raises(PrivacyError, match="module: a forward pre-hook registered after make_private"):
+        module(x)
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_other_values_in_a_parameters_place_are_refused() -> None:
+    module, _optimizer, x = linear()
+    with pytest.raises(PrivacyError, match=r"module\.weight: removed or replaced"):
+        torch.func.functional_call(module, {"weight": torch.ones(3, 6)}, (x,))
+    with torch.no_grad():  # an average of the weights, say
+        torch.func.functional_call(module, {"weight": torch.ones(3, 6)}, (x,))
+
+
+def test_a_call_on_another_thread_in_the_middle_of_one_is_refused() -> None:
+    module = nn.Sequential(nn.Tanh(), nn.Linear(6, 3))
+    raised: list[Exception] = []
+
+    def beside(x: Tensor) -> None:
+        try:
+            with torch.no_grad():
+                module(x)
+        except PrivacyError as error:
+            raised.append(error)
+
+    def during(*_: object) -> None:
+        if threading.current_thread() is threading.main_thread() and not raised:
+            thread = threading.Thread(target=beside, args=(torch.randn(2, 6),))
+            thread.start()
+            thread.join()
+
+    _, module, optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+    forward = nn.Linear.forward
+    x, y = next(iter(loader))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda m, x: (during(), forward(m, x))[1])
+        loss = F.cross_entropy(module(x), y)
+    assert "layer '1': called on two threads at once" in str(raised[0])
+    loss.backward()
+    optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -264,8 +334,8 @@ def test_changes_after_make_private_are_refused(message: str, loop) -> None:
     try:
         CHANGES[message](module)
         x, y = next(iter(loader))
-        F.cross_entropy(module(x.to(module[0].weight.dtype)), y).backward()
-        with pytest.raises(PrivacyError, match=re.escape(message)):
+        with pytest.raises(PrivacyError, match=re.escape(message)):  # in the call, or at last in the step
+            F.cross_entropy(module(x.to(module[0].weight.dtype)), y).backward()
             optimizer.step()
     finally:
         torch.set_float32_matmul_precision("highest")

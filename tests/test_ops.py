@@ -270,3 +270,9 @@ def test_fresh_keys_differ() -> None:
     assert not torch.equal(ops.random_key(), ops.random_key())
     g = torch.zeros(1, 50)
     assert not torch.equal(ops.clip_noise(g, 1.0, 1.0), ops.clip_noise(g, 1.0, 1.0))
+
+
+def test_linear_norms_of_doubles_whose_squares_vanish() -> None:
+    a, b = torch.full((1, 2), 1e-163, dtype=torch.float64), torch.full((1, 3), 1e153, dtype=torch.float64)
+    assert ops.linear_sq_norms(a, b, bias=False).sqrt().item() == pytest.approx(1e-10 * math.sqrt(6), rel=1e-12)
+    assert ops.linear_sq_norms(a * 0, b, bias=False).item() == 0.0

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from fastdp import PrivacyError, persample
 from fastdp.clipping import GradientSum, Span
-from fastdp.gradients import Formed, Product, of_parameters
+from fastdp.gradients import SCALED_AT_ONCE, Formed, Product, of_parameters
 from fastdp.persample import Call, Unit
 from fastdp.uses import LinearUse
 
@@ -153,3 +153,17 @@ def test_a_bias_that_a_normalisation_takes_out_again_is_no_mixing(channels: int,
         F.cross_entropy(module(images), labels).backward()
         optimizer.step()
     assert optimizer.steps == len(loader)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_more_rows_than_are_scaled_at_once(add: bool) -> None:
+    layer, rows = nn.Linear(3, 300), 700
+    spans = [Span(key, p, 1024 * i, p.shape) for i, (key, p) in enumerate(layer.named_parameters())]
+    total, a, b = GradientSum(spans, 1e6), torch.randn(rows, 3), torch.randn(rows, 300)
+    assert rows > 2 * max(256, SCALED_AT_ONCE // 300)
+    total.flat.fill_(1.0)
+    use = LinearUse("layer", 0, [], layer, a)
+    use.b = b
+    total.fill([use], rows, rows, 1.0, add)
+    torch.testing.assert_close(total.views[layer.weight], b.t() @ a + add, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(total.views[layer.bias], b.sum(0) + add, rtol=1e-4, atol=1e-3)
