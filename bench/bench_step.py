@@ -5,7 +5,7 @@ peers on all models, their memory, a table and a figure,
 
     python bench/bench_step.py steps.json steps.svg
 
-takes some 10 minutes on 2 cores, and a tenth of the rounds with 0.1 as a third argument. Each peer runs on each model
+takes some 20 minutes on 2 cores, 7 with 0.35 as a third argument, which scales the rounds. Each peer runs on each model
 in a process of its own, interleaved with plain PyTorch on the same batches.
 """
 
