@@ -27,16 +27,6 @@ constexpr bool fits(double factor) {
   return factor >= double{smallest<F>()} && factor <= double{greatest<F>()};
 }
 
-template <class T>
-double dot(const T* __restrict__ x, const T* __restrict__ y, int64_t n) {
-  double s[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums <= n; i += kSums)
-    for (int k = 0; k < kSums; ++k) s[k] += double{load(x[i + k])} * double{load(y[i + k])};
-  for (int k = 0; i + k < n; ++k) s[k] += double{load(x[i + k])} * double{load(y[i + k])};
-  return tree_sum(s);
-}
-
 constexpr int kWide = kSums / kDoubles;  // vectors that hold the running sums: the compiler's own choice for a loop
                                          // over floats goes through shuffles and the stack
 

@@ -45,7 +45,7 @@ class RecurrentUse(Use):
         for weights, sums in self.sums:
             over_times: dict[Tensor, Tensor] = {}  # both biases of an LSTM have the same
             for kind, (a, g) in sums.items():
-                a, g = (s.squeeze(1) if s.shape[1] == 1 else s for s in (a, g))
+                a, g = (s.squeeze(1).contiguous() if s.shape[1] == 1 else s for s in (a, g))
                 weight, bias = weights[f"weight_{kind}"], weights.get(f"bias_{kind}")
                 if weight in managed:
                     parts.append(Product(weight, 0, len(weight), a, g))

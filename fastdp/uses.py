@@ -125,7 +125,7 @@ def products(
     """What b = weight a + bias says of the rows of weight and bias; a [B, ..., I], b [B, ..., O]."""
     a, b = (x.contiguous() if x.dim() == 2 else x.reshape(len(x), -1, x.shape[-1]) for x in (a, b))
     if a.dim() == 3 and a.shape[1] == 1:
-        a, b = a.squeeze(1), b.squeeze(1)
+        a, b = a.squeeze(1).contiguous(), b.squeeze(1).contiguous()
     of_bias = None
     if bias is not None and bias[0] in managed:
         of_bias = Formed(*bias, b if b.dim() == 2 else wide(b).sum(1))

@@ -19,6 +19,7 @@ import fastdp
 from fastdp import watch
 from fastdp.attention import ProjectionUse
 from fastdp.errors import PrivacyError
+from fastdp.gradients import Norms, of_parameters
 from fastdp.layers import Recorder
 
 LINEAR = F.linear
@@ -196,3 +197,34 @@ def test_parameters_that_lie_in_one_storage_are_told_apart() -> None:
         want = torch.autograd.grad(y, [p for p in alone.parameters() if p.requires_grad], b[i : i + 1].double())
         for g, w in zip(found.values(), want, strict=True):
             torch.testing.assert_close(g[i].double(), w, rtol=1e-4, atol=1e-5)
+
+
+def test_an_input_of_attention_changed_in_place_is_refused() -> None:
+    module = nn.MultiheadAttention(4, 2, batch_first=True)
+    recorder = Recorder()
+    watch.attach(module, recorder)
+    recorder.depth = 1
+    x = torch.randn(B, 3, 4)
+    y = module(x, x, x)[0].sum()
+    x.mul_(2)
+    with pytest.raises(PrivacyError, match="module: its input or output gradient was changed in place"):
+        y.backward()
+
+
+def test_one_position_whose_gradient_is_not_packed() -> None:
+    module, x = First(nn.MultiheadAttention(3, 1)), torch.randn(1, B, 3)
+    alone = copy.deepcopy(module)
+    b = torch.randn(3, B).t().unsqueeze(0)  # [1, B, 3], of which records lie next to each other
+    recorder = Recorder()
+    watch.attach(module, recorder)
+    recorder.depth = 1
+    module(x).backward(b)
+    managed = set(module.parameters())
+    parts = of_parameters(p for use in recorder.uses for p in use.parts(managed, B, torch.float32))
+    norms = Norms(B, torch.float32)
+    for part in parts:
+        part.add_sq_norms(norms)
+    for i in range(B):
+        gradients = torch.autograd.grad(alone(x[:, i : i + 1]), [*alone.parameters()], b[:, i : i + 1])
+        want = sum(g.double().square().sum().item() for g in gradients)
+        assert norms.sq[i].item() == pytest.approx(want, rel=1e-4)
