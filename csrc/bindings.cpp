@@ -66,15 +66,18 @@ void bind_clipping(py::module_& m) {
         with_type(dtype, [&](auto t) { sq_norms(rows<decltype(t)>(g, batch, n, stride), at<double>(out), threads); });
       },
       Release());
+  using Linear = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, bool>;
   m.def(
       "linear_sq_norms",
-      [](Address a, Address b, DType dtype, int64_t batch, int64_t positions, int64_t in, int64_t out_features,
-         int64_t a_stride, int64_t b_stride, bool bias, Address out, int threads) {
+      [](const std::vector<Linear>& layers, DType dtype, int64_t batch, int64_t positions, Address out, Address bounds,
+         int threads) {
         with_type(dtype, [&](auto t) {
           using T = decltype(t);
-          linear_sq_norms(rows<T>(a, batch * positions, in, a_stride),
-                          rows<T>(b, batch * positions, out_features, b_stride), positions, bias, at<double>(out),
-                          threads);
+          const int64_t count = batch * positions;
+          std::vector<LinearRows<T>> list;
+          for (const auto& [a, b, in, out_features, a_stride, b_stride, bias] : layers)
+            list.push_back({rows<T>(a, count, in, a_stride), rows<T>(b, count, out_features, b_stride), bias});
+          linear_sq_norms(list, batch, positions, at<double>(out), at<SequenceBounds>(bounds), threads);
         });
       },
       Release());

@@ -24,6 +24,11 @@ constexpr int64_t kSampleBlock = 4096;
 // positions in multiples of the widest vectors'.
 constexpr int64_t gram_scratch(int64_t positions, int64_t n) { return (positions + 15) / 16 * 16 * n; }
 
+// Of one record's sequence of inputs a_t and output gradients b_t: sum of |a_t| |b_t|, greatest |b_t|, sum of |a_t|.
+struct SequenceBounds {
+  double products, largest_b, inputs;
+};
+
 // What a step takes for the gradient: (sum + std N) * scale + weight_decay * parameter.
 struct NoisedGradient {
   double std;    // of the noise, in units of the sum
@@ -69,7 +74,7 @@ struct TypedKernels {
   // unread
   void (*scale_rows)(Rows<T> rows, const double* factors, T* out, Sum* sums);
   // one record: sum_{t,u} <a_t, a_u> <b_t, b_u>; `scratch` holds gram_scratch(a.rows, a.n + b.n) doubles
-  double (*gram_sq_norm)(Rows<T> a, Rows<T> b, double* scratch);
+  double (*gram_sq_norm)(Rows<T> a, Rows<T> b, double* scratch, SequenceBounds& bounds);
   // one record: see normalise-simd.h
   void (*layer_norm_gradients)(Rows<T> a, Rows<T> b, double eps, bool centre, Sum* weight, Sum* bias);
   void (*group_norm_gradients)(Rows<T> a, Rows<T> b, int64_t group, double eps, Sum* weight, Sum* bias);

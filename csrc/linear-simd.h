@@ -63,8 +63,20 @@ inline void gram_tile(const double* packed, int64_t n, int64_t from, int64_t pan
   std::memcpy(out, sums, sizeof sums);
 }
 
+// The lengths of a_t and b_t are on the diagonals of their Gram matrices.
+inline void add_bounds(const f64v (&x)[kTileRows][2], const f64v (&y)[kTileRows][2], int64_t column, int64_t rows,
+                       SequenceBounds& bounds) {
+  for (int64_t r = 0; r < kTileRows && r < rows; ++r) {
+    const int64_t half = (column + r) / kDoubles, lane = (column + r) % kDoubles;
+    const double a = square_root(x[r][half][lane]), b = square_root(y[r][half][lane]);
+    bounds.products += a * b;
+    bounds.largest_b = b > bounds.largest_b ? b : bounds.largest_b;
+    bounds.inputs += a;
+  }
+}
+
 template <class T>
-double gram_sq_norm(Rows<T> a, Rows<T> b, double* scratch) {
+double gram_sq_norm(Rows<T> a, Rows<T> b, double* scratch, SequenceBounds& bounds) {
   static_assert(16 % kPanel == 0 && kPanel % kTileRows == 0);
   double* of_b = scratch + panels(a.rows) * kPanel * a.n;
   pack_panels(a, scratch);
@@ -76,7 +88,9 @@ double gram_sq_norm(Rows<T> a, Rows<T> b, double* scratch) {
       gram_tile(scratch, a.n, from, panel, x);
       gram_tile(of_b, b.n, from, panel, y);
       for (int r = 0; r < kTileRows; ++r) sum += x[r][0] * y[r][0] + x[r][1] * y[r][1];
-      (from < (panel + 1) * kPanel ? once : twice) += sum;
+      const bool own = from < (panel + 1) * kPanel;
+      if (own) add_bounds(x, y, from - panel * kPanel, a.rows - from, bounds);
+      (own ? once : twice) += sum;
     }
   once += 2.0 * twice;
   double total = 0.0;

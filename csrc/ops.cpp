@@ -33,13 +33,19 @@ void sq_norms(Rows<T> g, double* out, int threads) {
 
 namespace {
 
-// Also of a row of doubles whose squares vanish: its product with another's norm may not be small.
-template <class T>
-double row_norm(Rows<T> rows, int64_t i) {
-  const double sq = kernels().typed(T{}).sum_squares(rows.row(i), rows.n);
-  if (sizeof(T) < sizeof(double) || !(sq < 1e-280)) return std::sqrt(sq);
+template <class F>
+F* offset(F* memory, int64_t elements) {
+  return memory == nullptr ? nullptr : memory + elements;
+}
+
+constexpr int64_t kRowsAtOnce = 64;  // whose squares wait on the stack
+
+// Also of a row whose squares vanish: its product with another's norm may not be small.
+inline double row_norm(Rows<double> rows, int64_t i) {
+  const double sq = kernels().typed(double{}).sum_squares(rows.row(i), rows.n);
+  if (!(sq < 1e-280)) return std::sqrt(sq);
   double largest = 0.0, sum = 0.0;
-  for (int64_t j = 0; j < rows.n; ++j) largest = std::max(largest, std::abs(static_cast<double>(load(rows.row(i)[j]))));
+  for (int64_t j = 0; j < rows.n; ++j) largest = std::max(largest, std::abs(rows.row(i)[j]));
   if (largest == 0.0) return 0.0;
   for (int64_t j = 0; j < rows.n; ++j) {
     const double v = load(rows.row(i)[j]) / largest;
@@ -59,27 +65,58 @@ double sum_sq_norm(Rows<T> b) {
   return sq;
 }
 
+// Of one position: |b a^T|^2 + |b|^2 = |b|^2 (|a|^2 + 1).
+template <class T>
+void add_product_sq_norms(Rows<T> a, Rows<T> b, bool bias, double* out) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    for (int64_t i = 0; i < a.rows; ++i) {
+      const double norm = row_norm(b, i), product = norm * row_norm(a, i);
+      out[i] += product * product + (bias ? norm * norm : 0.0);
+    }
+  } else {  // no square, and no product of two, of numbers from 1e-45 to 3e38 leaves a double's range
+    double of_a[kRowsAtOnce], of_b[kRowsAtOnce];
+    for (int64_t from = 0; from < a.rows; from += kRowsAtOnce) {
+      const int64_t count = std::min(kRowsAtOnce, a.rows - from);
+      kernels().typed(T{}).square_rows({a.row(from), count, a.n, a.stride}, of_a);
+      kernels().typed(T{}).square_rows({b.row(from), count, b.n, b.stride}, of_b);
+      for (int64_t i = 0; i < count; ++i) out[from + i] += of_a[i] * of_b[i] + (bias ? of_b[i] : 0.0);
+    }
+  }
+}
+
+template <class T>
+void add_gram_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double* out, SequenceBounds* bounds) {
+  thread_local std::vector<double> scratch;  // from call to call: new memory costs more than a short sequence
+  scratch.resize(gram_scratch(positions, a.n + b.n));
+  for (int64_t i = 0; i * positions < a.rows; ++i) {
+    const int64_t t = i * positions;
+    const Rows<T> of_a{a.row(t), positions, a.n, a.stride}, of_b{b.row(t), positions, b.n, b.stride};
+    SequenceBounds found{};
+    out[i] += kernels().typed(T{}).gram_sq_norm(of_a, of_b, scratch.data(), found) + (bias ? sum_sq_norm(of_b) : 0.0);
+    if (bounds == nullptr) continue;
+    bounds[i].products += found.products;
+    bounds[i].largest_b = std::max(bounds[i].largest_b, found.largest_b);
+    bounds[i].inputs += std::sqrt(static_cast<double>(b.n)) * found.inputs;
+  }
+}
+
 }  // namespace
 
 template <class T>
-void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double* out, int threads) {
-  const auto& k = kernels().typed(T{});
-  const int64_t batch = positions == 0 ? 0 : a.rows / positions;
-  const int64_t work = std::max<int64_t>(1, positions * positions * (a.n + b.n));  // of one record
+void linear_sq_norms(const std::vector<LinearRows<T>>& layers, int64_t batch, int64_t positions, double* out,
+                     SequenceBounds* bounds, int threads) {
+  int64_t work = 1;  // of one record
+  for (const LinearRows<T>& layer : layers) work += positions * positions * (layer.a.n + layer.b.n);
   const int64_t group = std::max<int64_t>(1, kPart / work);
   parallel_parts(threads, ceil_div(batch, group), [&](int64_t part) {
-    thread_local std::vector<double> scratch;  // from call to call: new memory costs more than a short sequence
-    if (positions > 1) scratch.resize(gram_scratch(positions, a.n + b.n));
-    const int64_t end = std::min(batch, (part + 1) * group);
-    for (int64_t i = part * group; i < end; ++i) {
-      const int64_t t = i * positions;
-      if (positions == 1) {  // |b a^T|^2 + |b|^2 = |b|^2 (|a|^2 + 1)
-        const double norm = row_norm(b, t), of_a = row_norm(a, t), product = norm * of_a;
-        out[i] += product * product + (bias ? norm * norm : 0.0);
-        continue;
-      }
-      const Rows<T> of_a{a.row(t), positions, a.n, a.stride}, of_b{b.row(t), positions, b.n, b.stride};
-      out[i] += k.gram_sq_norm(of_a, of_b, scratch.data()) + (bias ? sum_sq_norm(of_b) : 0.0);
+    const int64_t from = part * group, count = std::min(group, batch - from);
+    for (const LinearRows<T>& layer : layers) {
+      const Rows<T> a{layer.a.row(from * positions), count * positions, layer.a.n, layer.a.stride};
+      const Rows<T> b{layer.b.row(from * positions), count * positions, layer.b.n, layer.b.stride};
+      if (positions == 1)
+        add_product_sq_norms(a, b, layer.bias, out + from);
+      else
+        add_gram_sq_norms(a, b, positions, layer.bias, out + from, offset(bounds, from));
     }
   });
 }
@@ -96,11 +133,6 @@ void for_each_record(Rows<T> a, Rows<T> b, int64_t batch, int threads, Call call
     for (int64_t i = part * group; i < end; ++i)
       call(Rows<T>{a.row(i * rows), rows, a.n, a.stride}, Rows<T>{b.row(i * rows), rows, b.n, b.stride}, i);
   });
-}
-
-template <class F>
-F* offset(F* memory, int64_t elements) {
-  return memory == nullptr ? nullptr : memory + elements;
 }
 
 }  // namespace
@@ -285,7 +317,7 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
 
 #define FASTDP_INSTANTIATE(T)                                                                                         \
   template void sq_norms(Rows<T>, double*, int);                                                                      \
-  template void linear_sq_norms(Rows<T>, Rows<T>, int64_t, bool, double*, int);                                       \
+  template void linear_sq_norms(const std::vector<LinearRows<T>>&, int64_t, int64_t, double*, SequenceBounds*, int); \
   template int64_t clip_factors<T>(const double*, int64_t, double, double, double*, std::optional<double>);           \
   template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);                                         \
   template void layer_norm_gradients(Rows<T>, Rows<T>, int64_t, double, bool, SumOf<T>::type*, SumOf<T>::type*, int); \

@@ -13,10 +13,19 @@ namespace fastdp {
 template <class T>
 void sq_norms(Rows<T> g, double* out, int threads);
 
-// out[B] += squared norms of the per-sample gradients sum_t b_t a_t^T (and of sum_t b_t, if bias) of a linear layer;
-// a [B, positions, I], b [B, positions, O], as rows of I and of O
+// Of a linear layer, what its per-sample gradients sum_t b_t a_t^T, and sum_t b_t if there is a bias, are made of:
+// a [B, positions, I] and b [B, positions, O], as rows of I and of O.
 template <class T>
-void linear_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double* out, int threads);
+struct LinearRows {
+  Rows<T> a, b;
+  bool bias;
+};
+
+// out[B] += squared norms of these, of all layers; of several positions, what bounds their rounding is added to
+// bounds[B], unless null, `inputs` times sqrt(O)
+template <class T>
+void linear_sq_norms(const std::vector<LinearRows<T>>& layers, int64_t batch, int64_t positions, double* out,
+                     SequenceBounds* bounds, int threads);
 
 // Per-sample gradients of a normalisation's weight and bias, [B, n] each or null, from its input and the gradient of
 // its output. Layer norm (centre) and RMS norm: a, b [B * positions, n].

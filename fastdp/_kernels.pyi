@@ -45,17 +45,12 @@ def threads_available() -> bool: ...
 # Tensors are passed as addresses (`data_ptr()`), lengths and strides count elements; nothing is checked here.
 def sq_norms(g: int, dtype: DType, batch: int, n: int, stride: int, out: int, threads: int) -> None: ...
 def linear_sq_norms(
-    a: int,
-    b: int,
+    layers: list[tuple[int, int, int, int, int, int, bool]],
     dtype: DType,
     batch: int,
     positions: int,
-    in_features: int,
-    out_features: int,
-    a_stride: int,
-    b_stride: int,
-    bias: bool,
     out: int,
+    bounds: int,
     threads: int,
 ) -> None: ...
 def layer_norm_gradients(

@@ -88,8 +88,8 @@ class GradientSum:
         group = self._group
         parts = of_parameters(self._parts(uses, rows))
         norms = [Norms(rows, self.dtype) for _ in self._bounds]
-        for part in parts:
-            part.add_sq_norms(norms[group[part.p]])
+        for number, of in enumerate(norms):
+            of.add(parts if len(norms) == 1 else [part for part in parts if group[part.p] == number])
         factors = self._factors(norms, scale, real_rows)
         self.whole = False
         if not add:

@@ -61,20 +61,26 @@ class Norms:
     def __init__(self, rows: int, dtype: torch.dtype) -> None:
         self.sq = torch.zeros(rows, dtype=torch.float64)
         self._dtype, self._rounding, self._limits = dtype, ROUNDING[dtype], torch.finfo(dtype)
-        self._slack: Tensor | None = None  # of the norm, relative to the factor
-        self._lost: Tensor  # at most, of what is added: products that the kernel makes 0, being subnormal
-        self._peak: Tensor  # the largest output gradient, or more
+        # Of sums of products a_t b_t over positions t, whose terms may cancel but for their rounding: the sum of their
+        # lengths, the largest b_t, and sqrt(O) sum |a_t|, of which the kernel loses a part where b_t is subnormal.
+        self._bounds: Tensor | None = None
 
-    def add_products(self, a: Tensor, b: Tensor) -> None:
-        """Room for sums of products a_t b_t over positions t, whose terms may cancel but for their rounding."""
-        of_a, of_b = _lengths(a), _lengths(b)
-        slack, peak = (of_a * of_b).sum(1), of_b.amax(1) if b.shape[1] else of_b.sum(1)
-        lost = self._limits.tiny * b.shape[2] ** 0.5 * of_a.sum(1)
-        if self._slack is None:
-            self._slack, self._lost, self._peak = slack, lost, peak
-        else:
-            self._slack, self._lost = self._slack + slack, self._lost + lost
-            self._peak = torch.maximum(self._peak, peak)
+    def add(self, parts: Iterable[PerSample]) -> None:
+        """Of all parts. Products of one position come together: a call each is a tenth of a small model's step."""
+        together: dict[torch.dtype, list[tuple[Tensor, Tensor, bool]]] = {}
+        for part in parts:
+            if isinstance(part, Product) and part.a.dim() == 2:
+                together.setdefault(part.a.dtype, []).append((part.a, part.b, part.bias is not None))
+            else:
+                part.add_sq_norms(self)
+        for products in together.values():
+            native.add_linear_sq_norms(products, self.sq)
+
+    def add_sequence(self, a: Tensor, b: Tensor) -> None:
+        """Of sum_t b_t a_t^T; a [B, T, I], b [B, T, O]."""
+        if self._bounds is None:
+            self._bounds = torch.zeros(len(self.sq), 3, dtype=torch.float64)
+        native.add_linear_sq_norms([(a, b, False)], self.sq, self._bounds)
 
     def factors(self, scale: float, max_grad_norm: float, gamma: float | None) -> tuple[Tensor, int]:
         """scale * min(1, C / (scale * norm)) of each record, float64 [B], and how many of them are 0.
@@ -82,23 +88,19 @@ class Norms:
         With a gamma, of automatic clipping: scale * C / (scale * norm + gamma).
         """
         factors, zeros = native.clip_factors(self._widened(max_grad_norm), self._dtype, scale, max_grad_norm, gamma)
-        if self._slack is None:
+        if self._bounds is None:
             return factors, zeros
         # 0 where a product may be too large: the kernel would drop single positions.
-        factors.masked_fill_(~(factors * self._peak <= self._limits.max), 0.0)
+        factors.masked_fill_(~(factors * self._bounds[:, 1] <= self._limits.max), 0.0)
         return factors, int((factors == 0.0).sum())
 
     def _widened(self, max_grad_norm: float) -> Tensor:
         """Squares of norms that leave room for all that, or are infinite."""
-        if self._slack is None or max_grad_norm == 0.0:
+        if self._bounds is None or max_grad_norm == 0.0:
             return self.sq
-        room = (1.0 - self._lost / max_grad_norm).clamp_min(0.0)
-        return ((self.sq.sqrt() + self._rounding * self._slack) / room).square()
-
-
-def _lengths(x: Tensor) -> Tensor:
-    """[B, T, F] -> [B, T]"""
-    return native.sq_norms(x.view(-1, x.shape[2])).sqrt_().view(x.shape[:2])
+        slack, _, inputs = self._bounds.unbind(1)
+        room = (1.0 - self._limits.tiny / max_grad_norm * inputs).clamp_min(0.0)
+        return ((self.sq.sqrt() + self._rounding * slack) / room).square()
 
 
 def are_small(a: Tensor, b: Tensor) -> bool:
@@ -191,10 +193,9 @@ class Product(PerSample):
     bias: Formed | None = None  # of which b [B, O] is the gradient: normed and summed in the passes over b
 
     def add_sq_norms(self, norms: Norms) -> None:
-        a, b = self.a, self.b = self.a.contiguous(), self.b.contiguous()
-        if a.dim() == 3:
-            norms.add_products(a, b)
-        native.add_linear_sq_norms(a, b, self.bias is not None, norms.sq)
+        """Of sequences; `Norms.add` has those of single positions."""
+        self.a, self.b = self.a.contiguous(), self.b.contiguous()
+        norms.add_sequence(self.a, self.b)
 
     def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
         a, b = self.a, self.b
@@ -204,10 +205,16 @@ class Product(PerSample):
             factors = factors.repeat_interleave(b.shape[1])
             a, b = a.flatten(0, 1), b.flatten(0, 1)
         out, sums = self.rows_of(views), None if self.bias is None else self.bias.rows_of(views)
-        at_once = max(256, SCALED_AT_ONCE // max(1, b.shape[1]))
-        for start in range(0, max(1, b.shape[0]), at_once):
-            rows = slice(start, start + at_once)
-            self._add_rows(a[rows], b[rows], factors[rows], out, sums, scratch, add or start > 0)
+        rows = len(b)
+        pieces = round(rows / max(256, SCALED_AT_ONCE // max(1, b.shape[1])))
+        if pieces <= 1:
+            self._add_rows(a, b, factors, out, sums, scratch, add)
+            return
+        # Of one size: a product of a few rows more would take as long to add to `out`.
+        ends = [rows * i // pieces for i in range(pieces + 1)]
+        for start, end in itertools.pairwise(ends):
+            piece = slice(start, end)
+            self._add_rows(a[piece], b[piece], factors[piece], out, sums, scratch, add or start > 0)
 
     @staticmethod
     def _add_rows(

@@ -41,28 +41,34 @@ def sq_norms(g: Tensor) -> Tensor:
     return out
 
 
-def add_linear_sq_norms(a: Tensor, b: Tensor, bias: bool, out: Tensor) -> None:
-    """out float64 [B] += squared per-sample gradient norms of a linear layer; a [B, (T,) I], b [B, (T,) O]."""
-    for name, x in (("a", a), ("b", b)):
-        check_rows(name, x, (2, 3))
-        check_packed(name, x)
-    if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype:
-        raise ArgumentError("b", f"{b.dtype}{list(b.shape)}", f"{a.dtype}{[*a.shape[:-1], 'O']}, as a")
-    positions = a.shape[1] if a.dim() == 3 else 1
+def add_linear_sq_norms(layers: list[tuple[Tensor, Tensor, bool]], out: Tensor, bounds: Tensor | None = None) -> None:
+    """out float64 [B] += squared per-sample gradient norms of linear layers: of a [B, (T,) I], b [B, (T,) O], and
+    whether there is a bias. All have the same B, T and dtype.
+
+    bounds: float64 [B, 3]. Of T > 1, gains sum_t |a_t| |b_t|, the greatest |b_t|, and sqrt(O) sum_t |a_t|.
+    """
+    first = layers[0][0]
+    for a, b, _ in layers:
+        for name, x in (("a", a), ("b", b)):
+            check_rows(name, x, (2, 3))
+            check_packed(name, x)
+        if a.shape[:-1] != first.shape[:-1] or a.dtype != first.dtype:
+            raise ArgumentError("a", f"{a.dtype}{list(a.shape)}", f"{first.dtype}{[*first.shape[:-1], 'I']}, as others")
+        if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype:
+            raise ArgumentError("b", f"{b.dtype}{list(b.shape)}", f"{a.dtype}{[*a.shape[:-1], 'O']}, as a")
+    positions = first.shape[1] if first.dim() == 3 else 1
     if positions == 0:
         return
     _kernels.linear_sq_norms(
-        a.data_ptr(),
-        b.data_ptr(),
-        DTYPES[a.dtype],
-        a.shape[0],
+        [
+            (a.data_ptr(), b.data_ptr(), a.shape[-1], b.shape[-1], _row_stride(a), _row_stride(b), bias)
+            for a, b, bias in layers
+        ],
+        DTYPES[first.dtype],
+        first.shape[0],
         positions,
-        a.shape[-1],
-        b.shape[-1],
-        _row_stride(a),
-        _row_stride(b),
-        bias,
         out.data_ptr(),
+        0 if bounds is None else bounds.data_ptr(),
         torch.get_num_threads(),
     )
 

@@ -155,7 +155,7 @@ def _clip_noise(g: Tensor, max_norm: float, noise_multiplier: float, key: Tensor
 def _linear_sq_norms(a: Tensor, b: Tensor, bias: bool) -> Tensor:
     native.check_rows("a", a, (2, 3))
     out = torch.zeros(a.shape[0], dtype=torch.float64)
-    native.add_linear_sq_norms(a, b, bias, out)
+    native.add_linear_sq_norms([(a, b, bias)], out)
     return out
 
 

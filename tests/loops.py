@@ -127,8 +127,9 @@ def seen(
     dtype = native.sum_dtype(parameters[0].dtype) if parameters else b.dtype
     found = {p: torch.zeros(len(b), *p.shape, dtype=dtype) for p in parameters}
     norms = Norms(len(b), dtype)
-    for part in of_parameters(p for use in recorder.uses for p in use.parts(found, len(b), dtype)):
-        part.add_sq_norms(norms)
+    parts = of_parameters(p for use in recorder.uses for p in use.parts(found, len(b), dtype))
+    norms.add(parts)
+    for part in parts:
         for block in part.blocks():
             g = block.expanded().formed()
             assert g.dtype == dtype

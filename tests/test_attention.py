@@ -216,6 +216,5 @@ def test_one_position_whose_gradient_is_not_packed() -> None:
     bias, a = nn.Parameter(torch.zeros(3)), torch.randn(B, 1, 3)
     b = torch.randn(3, B).t().unsqueeze(1)  # [B, 1, 3], of which records lie next to each other
     norms = Norms(B, torch.float32)
-    for part in products(None, (bias, 0, 3), a, b, {bias}):
-        part.add_sq_norms(norms)
+    norms.add(products(None, (bias, 0, 3), a, b, {bias}))
     torch.testing.assert_close(norms.sq, b.double().square().sum((1, 2)))
