@@ -63,21 +63,28 @@ inline void add_squares(const T* __restrict__ x, int64_t n, f64v (&sums)[kWide])
   for (int k = 0; k < kWide; ++k) sums[k] = s[k];
 }
 
-// of the running sums and the squares of the n < kSums elements that are left
+// Of the running sums and the squares of the n < kSums elements that are left. So many as are `readable` from x on may be
+// read: to copy n first takes most of the time of a row of 9, which is stored in pieces and read whole.
 template <class T>
-double finish_squares(f64v (&s)[kWide], const T* x, int64_t n) {
+inline double finish_squares(f64v (&s)[kWide], const T* x, int64_t n, int64_t readable) {
   if (n > 0) {
     T padded[kSums] = {};
-    for (int k = 0; k < n; ++k) padded[k] = x[k];
-    add_sixteen(padded, s);
+    if (readable < kSums) {
+      for (int k = 0; k < n; ++k) padded[k] = x[k];
+      x = padded;
+    }
+    for (int k = 0; k < kWide; ++k) {
+      const f64v v = first_lanes(load_doubles(x + k * kDoubles), n - k * kDoubles);
+      s[k] += v * v;
+    }
   }
   for (int width = kWide / 2; width > 0; width /= 2)  // tree_sum, as far as whole vectors go
     for (int k = 0; k < width; ++k) s[k] += s[k + width];
-  double t[kDoubles];
-  std::memcpy(t, s, sizeof t);
-  for (int width = kDoubles / 2; width > 0; width /= 2)
-    for (int k = 0; k < width; ++k) t[k] += t[k + width];
-  return t[0];
+  f64v sum = s[0];
+  for (int width = kDoubles / 2; width > 0; width /= 2) {  // and within one
+    sum += __builtin_shuffle(sum, load_lanes<i64v>(kNumbers) + width);
+  }
+  return sum[0];
 }
 
 template <class T>
@@ -85,7 +92,7 @@ double sum_squares(const T* __restrict__ x, int64_t n) {
   const int64_t whole = n - n % kSums;
   f64v s[kWide] = {};
   add_squares(x, whole, s);
-  return finish_squares(s, x + whole, n - whole);
+  return finish_squares(s, x + whole, n - whole, n - whole);
 }
 
 // Four rows side by side, to the same bit as one after the other: the processor fetches ahead within a page of memory
@@ -101,7 +108,10 @@ void square_rows(Rows<T> rows, double* out) {
     for (int64_t from = 0; from < whole; from += kTile)
       for (int k = 0; k < kRows; ++k)
         add_squares(rows.row(i + k) + from, whole - from < kTile ? whole - from : kTile, s[k]);
-    for (int k = 0; k < kRows; ++k) out[i + k] = finish_squares(s[k], rows.row(i + k) + whole, rows.n - whole);
+    for (int k = 0; k < kRows; ++k) {
+      const T* rest = rows.row(i + k) + whole;
+      out[i + k] = finish_squares(s[k], rest, rows.n - whole, rows.row(rows.rows - 1) + rows.n - rest);
+    }
   }
   for (; i < rows.rows; ++i) out[i] = sum_squares(rows.row(i), rows.n);
 }

@@ -17,6 +17,7 @@ typedef float f32v __attribute__((vector_size(4 * kLanes)));
 // Doubles of the same width, and what is converted to them.
 constexpr int kDoubles = kLanes / 2;
 typedef double f64v __attribute__((vector_size(8 * kDoubles)));
+typedef int64_t i64v __attribute__((vector_size(8 * kDoubles)));
 typedef float f32h __attribute__((vector_size(4 * kDoubles)));
 typedef uint32_t u32h __attribute__((vector_size(4 * kDoubles)));
 
@@ -42,6 +43,13 @@ inline f64v load_doubles(const bf16* x) {
   f32h v;
   for (int i = 0; i < kDoubles; ++i) v[i] = load(x[i]);
   return to_double(v);
+}
+
+constexpr int64_t kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7};  // of lanes: GCC 12 makes a vector of them one by one
+
+// 0 in those from `count` on
+inline f64v first_lanes(f64v x, int64_t count) {
+  return (f64v)((i64v)x & (load_lanes<i64v>(kNumbers) < count));
 }
 
 inline f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }

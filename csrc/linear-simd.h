@@ -10,7 +10,6 @@ inline int64_t panels(int64_t positions) { return (positions + kPanel - 1) / kPa
 
 // The halves of x and y, their numbers alternating: x0 y0 x1 y1 ...
 inline void interleave(f64v x, f64v y, f64v& low, f64v& high) {
-  typedef int64_t i64v __attribute__((vector_size(8 * kDoubles)));
   i64v order;
   for (int k = 0; k < kDoubles; ++k) order[k] = k / 2 + k % 2 * kDoubles;
   low = __builtin_shuffle(x, y, order);
