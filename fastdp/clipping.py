@@ -7,6 +7,7 @@ is one group, or one for each layer where clipping is per layer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -35,7 +36,7 @@ class Span:
     layer: str = ""  # name of the first module that owns it
     dtype: torch.dtype = torch.float32  # at make_private
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         return self.shape.numel()
 
@@ -69,6 +70,7 @@ class GradientSum:
         number = {name: i for i, (name, _) in enumerate(layer_bounds)}
         self._group: dict[Tensor, int] = {s.param: number[s.layer] if number else 0 for s in spans}
         self._gamma = gamma
+        self._rows = sum(rows_in(p) for p in self.views)
         self._scratch = Scratch(self.dtype)
 
     def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float, add: bool) -> None:
@@ -126,10 +128,12 @@ class GradientSum:
             yield from [part] if len({self._group[block.p] for block in blocks}) == 1 else blocks
 
     def _zero_unused(self, parts: list[PerSample]) -> None:
+        blocks = [block for part in parts for block in part.blocks()]  # of which no two are about the same rows
+        if sum(block.count for block in blocks) == self._rows:
+            return
         filled = dict.fromkeys(self.views, 0)
-        for part in parts:
-            for block in part.blocks():
-                filled[block.p] += block.count
+        for block in blocks:
+            filled[block.p] += block.count
         for p, view in self.views.items():
             if filled[p] < rows_in(p):
                 view.zero_()

@@ -56,9 +56,9 @@ class PrivateOptimizer(Optimizer):
         self._epochs_recorded = loader.epochs
         self._spans = {s.param: s for s in gradient.spans}
         self._one_dtype = all(s.dtype == gradient.dtype for s in gradient.spans)
-        # Where each of the module's parameters hangs: name, the submodule's own dictionary, key, parameter.
+        # Where each of the module's parameters hangs: name, the submodule's own dictionary, key, parameter, its span.
         self._slots = [
-            (f"{prefix}.{key}" if prefix else key, m._parameters, key, p)
+            (f"{prefix}.{key}" if prefix else key, m._parameters, key, p, self._spans.get(p))
             for prefix, m in probe.root.named_modules()
             for key, p in m._parameters.items()
             if p is not None
@@ -152,9 +152,11 @@ class PrivateOptimizer(Optimizer):
 
     def _sum_over_ranks(self) -> None:
         """The wish to stop travels with the gradients, so that all ranks learn of it at the same step."""
+        if self._comm is None:
+            self.asked_to_stop = self._wants_to_stop
+            return
         self.gradient.note.fill_(self._wants_to_stop)
-        if self._comm is not None:
-            self._comm.all_reduce(self.gradient.flat)
+        self._comm.all_reduce(self.gradient.flat)
         self.asked_to_stop = bool(self.gradient.note)
 
     def _record(self) -> None:
@@ -190,10 +192,9 @@ class PrivateOptimizer(Optimizer):
     def _check_parameters(self) -> None:
         """What the user can change between make_private and a step, and must not."""
         flat = self.gradient.flat
-        for name, holder, key, p in self._slots:
+        for name, holder, key, p, s in self._slots:
             if holder.get(key) is not p:
                 raise PrivacyError(f"{name}: removed or replaced after make_private")
-            s = self._spans.get(p)
             if p.grad is not None:
                 raise PrivacyError(
                     f"{name}: autograd delivered a gradient that did not come from its module's forward; "
