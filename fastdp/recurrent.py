@@ -78,7 +78,7 @@ class Layers:
             ways = []
             y = x.new_empty(*x.shape[:2], (1 + m.bidirectional) * (m.proj_size or m.hidden_size))
             for way, y_way in enumerate(y.chunk(1 + m.bidirectional, 2)):
-                states = [wide(s[len(last)]) for s in self.use.states]
+                states = [wide(s[len(last)]).contiguous() for s in self.use.states]
                 weights = {kind: wide(p.detach()) for kind, p in self._weights(layer, way).items()}
                 ways.append(WAYS[m.mode][1](weights, x, states, way == 1))
                 last.append(ways[way].forward(y_way))
@@ -92,7 +92,8 @@ class Layers:
         use = self.use
         b, *last = (None if g is None else wide(g) for g in use.b)
         gradients = [
-            wide(torch.zeros_like(s) if g is None else g.clone()) for s, g in zip(use.states, last, strict=True)
+            wide(torch.zeros(s.shape, dtype=s.dtype) if g is None else g.clone(memory_format=torch.contiguous_format))
+            for s, g in zip(use.states, last, strict=True)
         ]
         k = len(gradients[0])
         for layer in reversed(range(len(self.ways))):

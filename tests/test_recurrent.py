@@ -239,6 +239,30 @@ def test_the_root_may_be_recurrent_itself() -> None:
     assert not torch.equal(before, loop.model.weight_hh_l0)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_states_and_their_gradients_need_not_be_packed(kind: str) -> None:
+    class Apart(Model):
+        def states(self, x: Tensor) -> Any:
+            made = [
+                m(x[:, 0]).view(-1, n, ways).permute(2, 0, 1)
+                for m, (ways, n) in zip(self.makers, self.sizes, strict=True)
+            ]
+            return tuple(made) if self.o.kind == "LSTM" else made[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([s.permute(1, 2, 0).reshape(len(x), -1) for s in _list(self.rnn(x, self.states(x))[1])], 1)
+
+    def _list(states: Any) -> list[Tensor]:
+        return list(states) if isinstance(states, tuple) else [states]
+
+    torch.manual_seed(0)
+    model, records = Apart(Options(kind, layers=2, states="made")).double(), torch.randn(3, 4, FEATURES).double()
+    want = expected(copy.deepcopy(model), records, 1.0, [0, 1, 2])
+    found = stepped(model, records, 1.0)
+    for name, g in want.items():
+        torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
+
+
 def test_outputs_may_be_changed_in_place() -> None:
     class InPlace(Model):
         def forward(self, x: Tensor) -> Tensor:
