@@ -20,8 +20,9 @@ from fastdp import native
 
 sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
-# Of a weight and its bias, by their kind: a [B, T, I] and g [B, T, O] of which sum_t g_t a_t^T is the gradient.
-Sums = dict[str, tuple[Tensor, Tensor]]
+# Of weights and their biases, by their kinds, the first with "ih": a [B, T, I] and g [B, T, O] of which sum_t g_t a_t^T
+# is the gradient, that of each weight after the other in its columns.
+Sums = list[tuple[tuple[str, ...], Tensor, Tensor]]
 
 
 def tanh_(x: Tensor) -> Tensor:
@@ -52,6 +53,10 @@ class Way:
         first = first.unsqueeze(1)
         return torch.cat([states[:, 1:], first] if self.is_reverse else [first, states[:, :-1]], 1)
 
+    def inputs(self, y: Tensor) -> Tensor:
+        """x and beside it h [B, T, I + P], where W_ih and W_hh have the same g: one pass over it is of both."""
+        return torch.cat([self.x, self.before(y, self.states[0])], 2)
+
     def times(self, *sequences: Tensor) -> list[tuple[Tensor, ...]]:
         """What sequences hold at each time, in the order of the forward."""
         steps = list(zip(*(s.unbind(1) for s in sequences), strict=True))
@@ -76,7 +81,7 @@ class Lstm(Way):
             if w_hr is not None:
                 torch.mm(m_t, w_hr.t(), out=y_t)
             h, c = y_t, c_t
-        self.h, self.m = self.before(y, self.states[0]), None if w_hr is None else m
+        self.a, self.m = self.inputs(y), None if w_hr is None else m
         return [h, c]
 
     def backward(self, b: Tensor, gradients: list[Tensor]) -> Sums:
@@ -89,8 +94,8 @@ class Lstm(Way):
             dm = dh if w_hr is None else dy_t.copy_(dh) @ w_hr
             native.lstm_backward(t, c, c_t, dm, dc)
             torch.mm(t, w_hh, out=dh)
-        sums = {"ih": (self.x, self.gates), "hh": (self.h, self.gates)}
-        return sums if self.m is None else {**sums, "hr": (self.m, dy)}
+        sums: Sums = [(("ih", "hh"), self.a, self.gates)]
+        return sums if self.m is None else [*sums, (("hr",), self.m, dy)]
 
 
 class Gru(Way):
@@ -129,7 +134,7 @@ class Gru(Way):
             dh.mul_(z_t).addmm_(t, w_hh)
         r.copy_(by_r)
         z.copy_(by_z)
-        return {"ih": (self.x, self.of_x), "hh": (self.h, self.of_h)}
+        return [(("ih",), self.x, self.of_x), (("hh",), self.h, self.of_h)]
 
 
 class Tanh(Way):
@@ -140,7 +145,7 @@ class Tanh(Way):
         self.gates = self.linear(self.x, "bias_ih", "bias_hh")
         for t, y_t in self.times(self.gates, y):
             h = y_t.copy_(self.nonlinear(t.addmm_(h, w_hh)))
-        self.h = self.before(y, self.states[0])
+        self.a = self.inputs(y)
         return [h]
 
     def backward(self, b: Tensor, gradients: list[Tensor]) -> Sums:
@@ -149,7 +154,7 @@ class Tanh(Way):
         for t, b_t in reversed(self.times(self.gates, b)):
             t *= dh.add_(b_t)
             torch.mm(t, self.weights["weight_hh"], out=dh)
-        return {"ih": (self.x, self.gates), "hh": (self.h, self.gates)}
+        return [(("ih", "hh"), self.a, self.gates)]
 
     def nonlinear(self, gate: Tensor) -> Tensor:
         return tanh_(gate)
