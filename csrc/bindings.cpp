@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -181,6 +183,33 @@ void bind_steps(py::module_& m) {
   bind_step<AdamStep>(m);
 }
 
+// Of each tensor its address, and elements from row to row.
+using Placed = std::pair<Address, int64_t>;
+
+void bind_cells(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "lstm_forward",
+      [](DType dtype, int64_t batch, int64_t n, const std::array<Placed, 4>& tensors, int threads) {
+        with_step_type(dtype, [&](auto t) {
+          using T = decltype(t);
+          const auto x = [&](int k) { return MutableRows<T>{at<T>(tensors[k].first), batch, n, tensors[k].second}; };
+          lstm_forward(x(0), x(1), x(2), x(3), threads);
+        });
+      },
+      Release());
+  m.def(
+      "lstm_backward",
+      [](DType dtype, int64_t batch, int64_t n, const std::array<Placed, 5>& tensors, int threads) {
+        with_step_type(dtype, [&](auto t) {
+          using T = decltype(t);
+          const auto x = [&](int k) { return MutableRows<T>{at<T>(tensors[k].first), batch, n, tensors[k].second}; };
+          lstm_backward(x(0), x(1), x(2), x(3), x(4), threads);
+        });
+      },
+      Release());
+}
+
 void bind_noise(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   const auto def_noise = [&m](const char* name, Domain domain, auto add) {
@@ -234,6 +263,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_clipping(m);
   bind_noise(m);
   bind_steps(m);
+  bind_cells(m);
 }
 
 }  // namespace fastdp

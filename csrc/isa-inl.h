@@ -13,6 +13,7 @@ namespace fastdp::FASTDP_ISA {
 #include "chacha.h"
 #include "normal.h"
 //
+#include "cell-simd.h"
 #include "clip-simd.h"
 #include "linear-simd.h"
 #include "noise-simd.h"
@@ -32,6 +33,8 @@ extern const Kernels table = {FASTDP_STRING(FASTDP_ISA),
                               typed_kernels<double>,
                               {noise_sgd<float>, noise_adam<float>},
                               {noise_sgd<double>, noise_adam<double>},
+                              {lstm_forward<float>, lstm_backward<float>},
+                              {lstm_forward<double>, lstm_backward<double>},
                               keystream,
                               normals_from_words,
                               sample_block};

@@ -93,6 +93,13 @@ struct StepKernels {
   auto of(const AdamStep&) const { return noise_adam; }
 };
 
+// See cell-simd.h.
+template <class T>
+struct CellKernels {
+  void (*lstm_forward)(T* gates, const T* before, T* c, T* h, int64_t n);
+  void (*lstm_backward)(T* gates, const T* before, const T* c, const T* dh, T* dc, int64_t n);
+};
+
 struct Kernels {
   const char* name;
   TypedKernels<float> float32;
@@ -100,6 +107,8 @@ struct Kernels {
   TypedKernels<double> float64;
   StepKernels<float> step_float32;
   StepKernels<double> step_float64;
+  CellKernels<float> cell_float32;
+  CellKernels<double> cell_float64;
   // words[16 * blocks] in RFC 8439's order, from block `first` of the stream
   void (*keystream)(const Stream& stream, uint64_t first, int64_t blocks, uint32_t* words);
   // z[2][n] from words[3][n] (radius, its low bits, angle), n a multiple of 16: what noise is made of, for tests
@@ -112,6 +121,8 @@ struct Kernels {
   const TypedKernels<double>& typed(double) const { return float64; }
   const StepKernels<float>& step(float) const { return step_float32; }
   const StepKernels<double>& step(double) const { return step_float64; }
+  const CellKernels<float>& cell(float) const { return cell_float32; }
+  const CellKernels<double>& cell(double) const { return cell_float64; }
 };
 
 // The table for this machine, or for FASTDP_ISA = scalar | avx2 | avx512. Throws std::runtime_error where that cannot

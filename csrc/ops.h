@@ -38,6 +38,21 @@ template <class T>
 void group_norm_gradients(Rows<T> a, Rows<T> b, int64_t batch, int64_t groups, double eps,
                           typename SumOf<T>::type* weight, typename SumOf<T>::type* bias, int threads);
 
+// Rows to be written to.
+template <class T>
+struct MutableRows {
+  T* data;
+  int64_t rows, n, stride;
+  T* row(int64_t i) const { return data + i * stride; }
+};
+
+// One time of an LSTM, all [B, n] but gates [B, 4 n]: see cell-simd.h.
+template <class T>
+void lstm_forward(MutableRows<T> gates, MutableRows<T> before, MutableRows<T> c, MutableRows<T> h, int threads);
+template <class T>
+void lstm_backward(MutableRows<T> gates, MutableRows<T> before, MutableRows<T> c, MutableRows<T> dh, MutableRows<T> dc,
+                   int threads);
+
 // factors[B] = scale * min(1, max_norm / norm), norm = scale * sqrt(sq_norms), or scale * max_norm / (norm + gamma) if
 // there is a gamma > 0; rounded so that the record's contribution, its products and factor rounded to T, has a norm <=
 // max_norm; 0 where the norm is not finite. Returns how many are 0.

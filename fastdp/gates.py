@@ -3,8 +3,8 @@
 Before its nonlinearity a gate is W_ih x_t + b_ih + W_hh h_(t-1) + b_hh, so that a layer is two linear layers on
 sequences. With g_t the gate's gradient, those of record i are sum_t g_it x_it^T and sum_t g_it h_i(t-1)^T, and sum_t
 g_it for both biases. torch's own functions do not give g_t, so both ways through time are made here, of the same
-products. How g_t depends on the gradient of h_t is a factor for each element, made for all t at once; what the backward
-has to do one t after the other is a few products of elements and one with W_hh.
+products: one t after the other, what the cell does element by element and a product with W_hh. Where torch's functions
+make the former, how g_t depends on the gradient of h_t is a factor for each element, made for all t at once.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdp import native
+
 sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
-# Of a weight and its bias, by their kind: a [B, T, I] and g [B, T, O] of which sum_t g_t a_t^T is the gradient.
-Sums = dict[str, tuple[Tensor, Tensor]]
+# Of weights and their biases, by their kinds, the first with "ih": a [B, T, I] and g [B, T, O] of which sum_t g_t a_t^T
+# is the gradient, that of each weight after the other in its columns.
+Sums = list[tuple[tuple[str, ...], Tensor, Tensor]]
 
 
 def tanh_(x: Tensor) -> Tensor:
@@ -50,6 +53,10 @@ class Way:
         first = first.unsqueeze(1)
         return torch.cat([states[:, 1:], first] if self.is_reverse else [first, states[:, :-1]], 1)
 
+    def inputs(self, y: Tensor) -> Tensor:
+        """x and beside it h [B, T, I + P], where W_ih and W_hh have the same g: one pass over it is of both."""
+        return torch.cat([self.x, self.before(y, self.states[0])], 2)
+
     def times(self, *sequences: Tensor) -> list[tuple[Tensor, ...]]:
         """What sequences hold at each time, in the order of the forward."""
         steps = list(zip(*(s.unbind(1) for s in sequences), strict=True))
@@ -67,51 +74,28 @@ class Lstm(Way):
     def forward(self, y: Tensor) -> list[Tensor]:
         (h, c), w_hh, w_hr = self.states, self.weights["weight_hh"].t(), self.weights.get("weight_hr")
         self.gates = self.linear(self.x, "bias_ih", "bias_hh")
-        each = self.gates.unflatten(2, (4, -1))
-        i, f, g, o = each.unbind(2)
-        # Each time packed, for tanh; m = tanh(c).
-        self.c, self.m = i.new_empty(2, i.shape[1], len(i), i.shape[2]).transpose(1, 2)
-        for t, i_f, i_t, f_t, g_t, o_t, c_t, m_t, y_t in self.times(
-            self.gates, each[:, :, :2], i, f, g, o, self.c, self.m, y
-        ):
-            t.addmm_(h, w_hh)
-            i_f.sigmoid_()
-            tanh_(g_t)
-            o_t.sigmoid_()
-            torch.mul(i_t, g_t, out=c_t).addcmul_(f_t, c)
-            torch.tanh(c_t, out=m_t)
-            if w_hr is None:
-                torch.mul(m_t, o_t, out=y_t)
-            else:
-                torch.mm(m_t * o_t, w_hr.t(), out=y_t)
+        self.c = self.gates.new_empty(*y.shape[:2], w_hh.shape[1] // 4)
+        m = y if w_hr is None else torch.empty_like(self.c)  # o tanh(c)
+        for t, c_t, m_t, y_t in self.times(self.gates, self.c, m, y):
+            native.lstm_forward(t.addmm_(h, w_hh), c, c_t, m_t)
+            if w_hr is not None:
+                torch.mm(m_t, w_hr.t(), out=y_t)
             h, c = y_t, c_t
-        self.h = self.before(y, self.states[0])
+        self.a, self.m = self.inputs(y), None if w_hr is None else m
         return [h, c]
 
     def backward(self, b: Tensor, gradients: list[Tensor]) -> Sums:
         (dh, dc), w_hh, w_hr = gradients, self.weights["weight_hh"], self.weights.get("weight_hr")
-        each = self.gates.unflatten(2, (4, -1))
-        i, f, g, o = each.unbind(2)
-        forget, m = f.clone(), self.m if w_hr is None else o * self.m
         dy = b if w_hr is None else torch.empty_like(b)
-        # From here on, the gates are what the gradients of c_t are multiplied by, or those of m_t for the last one.
-        of_i, of_c = sigmoid_backward(g, i), tanh_backward(o, self.m)
-        tanh_backward(i, g, grad_input=g)
-        sigmoid_backward(self.before(self.c, self.states[1]), f, grad_input=f)
-        sigmoid_backward(self.m, o, grad_input=o)
-        i.copy_(of_i)
-        for t, ifg, o_t, f_t, of_c_t, b_t, dy_t in reversed(
-            self.times(self.gates, each[:, :, :3], o, forget, of_c, b, dy)
-        ):
+        times = self.times(self.gates, self.c, b, dy)
+        before = [self.states[1], *(c for _, c, _, _ in times)]
+        for (t, c_t, b_t, dy_t), c in reversed(list(zip(times, before[:-1], strict=True))):
             dh += b_t
             dm = dh if w_hr is None else dy_t.copy_(dh) @ w_hr
-            dc.addcmul_(dm, of_c_t)
-            ifg *= dc.unsqueeze(1)
-            o_t *= dm
-            dc *= f_t
+            native.lstm_backward(t, c, c_t, dm, dc)
             torch.mm(t, w_hh, out=dh)
-        sums = {"ih": (self.x, self.gates), "hh": (self.h, self.gates)}
-        return sums if w_hr is None else {**sums, "hr": (m, dy)}
+        sums: Sums = [(("ih", "hh"), self.a, self.gates)]
+        return sums if self.m is None else [*sums, (("hr",), self.m, dy)]
 
 
 class Gru(Way):
@@ -150,7 +134,7 @@ class Gru(Way):
             dh.mul_(z_t).addmm_(t, w_hh)
         r.copy_(by_r)
         z.copy_(by_z)
-        return {"ih": (self.x, self.of_x), "hh": (self.h, self.of_h)}
+        return [(("ih",), self.x, self.of_x), (("hh",), self.h, self.of_h)]
 
 
 class Tanh(Way):
@@ -161,7 +145,7 @@ class Tanh(Way):
         self.gates = self.linear(self.x, "bias_ih", "bias_hh")
         for t, y_t in self.times(self.gates, y):
             h = y_t.copy_(self.nonlinear(t.addmm_(h, w_hh)))
-        self.h = self.before(y, self.states[0])
+        self.a = self.inputs(y)
         return [h]
 
     def backward(self, b: Tensor, gradients: list[Tensor]) -> Sums:
@@ -170,7 +154,7 @@ class Tanh(Way):
         for t, b_t in reversed(self.times(self.gates, b)):
             t *= dh.add_(b_t)
             torch.mm(t, self.weights["weight_hh"], out=dh)
-        return {"ih": (self.x, self.gates), "hh": (self.h, self.gates)}
+        return [(("ih", "hh"), self.a, self.gates)]
 
     def nonlinear(self, gate: Tensor) -> Tensor:
         return tanh_(gate)

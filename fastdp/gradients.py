@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -191,6 +191,7 @@ class Product(PerSample):
     a: Tensor
     b: Tensor
     bias: Formed | None = None  # of which b [B, O] is the gradient: normed and summed in the passes over b
+    beside: tuple[Tensor, ...] = ()  # parameters [O, ...] whose inputs follow those of p in a: of the same b
 
     def add_sq_norms(self, norms: Norms) -> None:
         """Of sequences; `Norms.add` has those of single positions."""
@@ -204,21 +205,20 @@ class Product(PerSample):
         if b.dim() == 3:
             factors = factors.repeat_interleave(b.shape[1])
             a, b = a.flatten(0, 1), b.flatten(0, 1)
-        out, sums = self.rows_of(views), None if self.bias is None else self.bias.rows_of(views)
+        sums = None if self.bias is None else self.bias.rows_of(views)
         rows = len(b)
         pieces = round(rows / max(256, SCALED_AT_ONCE // max(1, b.shape[1])))
         if pieces <= 1:
-            self._add_rows(a, b, factors, out, sums, scratch, add)
+            self._add_rows(a, b, factors, views, sums, scratch, add)
             return
-        # Of one size: a product of a few rows more would take as long to add to `out`.
+        # Of one size: a product of a few rows more would take as long to add to the sum.
         ends = [rows * i // pieces for i in range(pieces + 1)]
         for start, end in itertools.pairwise(ends):
             piece = slice(start, end)
-            self._add_rows(a[piece], b[piece], factors[piece], out, sums, scratch, add or start > 0)
+            self._add_rows(a[piece], b[piece], factors[piece], views, sums, scratch, add or start > 0)
 
-    @staticmethod
     def _add_rows(
-        a: Tensor, b: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None, scratch: Scratch, add: bool
+        self, a: Tensor, b: Tensor, factors: Tensor, views: Views, sums: Tensor | None, scratch: Scratch, add: bool
     ) -> None:
         a, b = wide(a), wide(b)
         scaled = scratch.rows(*b.shape)
@@ -226,13 +226,23 @@ class Product(PerSample):
         native.scale_rows(b, factors, scaled, part)
         if sums is not None and part is not None and add:
             sums += part
-        if add:
-            out.addmm_(scaled.t(), a)
-        else:
-            torch.mm(scaled.t(), a, out=out)
+        outs = [self.rows_of(views), *(views[p] for p in self.beside)]
+        for out, x in zip(outs, self._inputs(a), strict=True):
+            if add:
+                out.addmm_(scaled.t(), x)
+            else:
+                torch.mm(scaled.t(), x, out=out)
+
+    def _inputs(self, a: Tensor) -> Sequence[Tensor]:
+        """Of each parameter."""
+        return a.split([p.shape[1] for p in (self.p, *self.beside)], -1) if self.beside else [a]
 
     def blocks(self) -> list[PerSample]:
-        return [self] if self.bias is None else [Product(self.p, self.start, self.count, self.a, self.b), self.bias]
+        if self.bias is None and not self.beside:
+            return [self]
+        inputs = zip((self.p, *self.beside), self._inputs(self.a), strict=True)
+        blocks: list[PerSample] = [Product(p, self.start, self.count, a, self.b) for p, a in inputs]
+        return blocks if self.bias is None else [*blocks, self.bias]
 
     def formed(self) -> Tensor:
         a, b = wide(self.a), wide(self.b)
@@ -247,7 +257,7 @@ class Product(PerSample):
         if len(of) > 1:
             a, b = _join([u.a for u in of]), _join([u.b for u in of])
             joined = Product(joined.p, joined.start, joined.count, a, b)
-        if are_small(joined.a, joined.b):
+        if not joined.beside and are_small(joined.a, joined.b):
             return Formed(joined.p, joined.start, joined.count, joined.formed())
         return joined
 

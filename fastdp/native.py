@@ -166,6 +166,24 @@ def scale_rows(x: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None) -> 
     )
 
 
+def lstm_forward(gates: Tensor, before: Tensor, c: Tensor, h: Tensor) -> None:
+    """One time of an LSTM. gates [B, 4H]: W x + biases, in place what they are after it; c, h [B, H]: out.
+
+    before [B, H]: c one time earlier.
+    """
+    places = _cell(gates, before, c, h)
+    _kernels.lstm_forward(DTYPES[c.dtype], c.shape[0], c.shape[1], places, torch.get_num_threads())
+
+
+def lstm_backward(gates: Tensor, before: Tensor, c: Tensor, dh: Tensor, dc: Tensor) -> None:
+    """gates [B, 4H]: as lstm_forward left them, in place the gradients of what they were.
+
+    dh [B, H]: the gradient of h. dc: of c, but for what comes by way of h; in place that of `before`.
+    """
+    places = _cell(gates, before, c, dh, dc)
+    _kernels.lstm_backward(DTYPES[c.dtype], c.shape[0], c.shape[1], places, torch.get_num_threads())
+
+
 def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int, secure: bool = False) -> None:
     """x [...] += std * N(offset + i).
 
@@ -254,6 +272,16 @@ def check_key(key: Tensor, step: int) -> None:
         found = f"{key.dtype}{list(key.shape)} on {key.device}"
         raise ArgumentError("key", found, "a contiguous uint8[32] tensor on cpu")
     require(0 <= step < 2**63, "step", step, "in [0, 2^63)")
+
+
+def _cell(gates: Tensor, *states: Tensor) -> list[tuple[int, int]]:
+    """Addresses, and elements from row to row."""
+    rows, n = states[0].shape
+    for x, width in ((gates, 4 * n), *((s, n) for s in states)):
+        if x.shape != (rows, width) or x.dtype != gates.dtype or not (n == 1 or x.stride(1) == 1) or not x.is_cpu:
+            found = f"{x.dtype}{list(x.shape)}, stride {x.stride()}"
+            raise ArgumentError("gates" if x is gates else "states", found, f"packed rows [{rows}, {width}]")
+    return [(x.data_ptr(), x.stride(0)) for x in (gates, *states)]
 
 
 def _check_same(a: Tensor, b: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastdp.errors import PrivacyError
 from fastdp.gates import WAYS, Sums, Way
-from fastdp.gradients import Formed, PerSample, Product
+from fastdp.gradients import Formed, PerSample, Product, are_small
 from fastdp.layers import Hooks
 from fastdp.precision import coarsest, wide, without_autocast
 from fastdp.uses import Use
@@ -43,16 +43,18 @@ class RecurrentUse(Use):
             )
         parts: list[PerSample] = []
         for weights, sums in self.sums:
-            over_times: dict[Tensor, Tensor] = {}  # both biases of an LSTM have the same
-            for kind, (a, g) in sums.items():
+            for kinds, a, g in sums:
                 a, g = (s.squeeze(1).contiguous() if s.shape[1] == 1 else s for s in (a, g))
-                weight, bias = weights[f"weight_{kind}"], weights.get(f"bias_{kind}")
-                if weight in managed:
-                    parts.append(Product(weight, 0, len(weight), a, g))
-                if bias is not None and bias in managed:
-                    if g not in over_times:
-                        over_times[g] = g.sum(1) if g.dim() == 3 else g
-                    parts.append(Formed(bias, 0, len(bias), over_times[g]))
+                of = [weights[f"weight_{kind}"] for kind in kinds]
+                inputs = a.split([p.shape[1] for p in of], -1)
+                if all(p in managed for p in of) and not any(are_small(x, g) for x in inputs):
+                    parts.append(Product(of[0], 0, len(of[0]), a, g, beside=(*of[1:],)))
+                else:
+                    parts += [Product(p, 0, len(p), x, g) for p, x in zip(of, inputs, strict=True) if p in managed]
+                biases = [weights[f"bias_{kind}"] for kind in kinds if f"bias_{kind}" in weights]
+                biases = [p for p in biases if p in managed]
+                over_times = (g.sum(1) if g.dim() == 3 else g) if biases else g
+                parts += [Formed(p, 0, len(p), over_times) for p in biases]
         return parts
 
     def inputs(self, rows: int) -> list[Tensor]:
@@ -78,7 +80,7 @@ class Layers:
             ways = []
             y = x.new_empty(*x.shape[:2], (1 + m.bidirectional) * (m.proj_size or m.hidden_size))
             for way, y_way in enumerate(y.chunk(1 + m.bidirectional, 2)):
-                states = [wide(s[len(last)]) for s in self.use.states]
+                states = [wide(s[len(last)]).contiguous() for s in self.use.states]
                 weights = {kind: wide(p.detach()) for kind, p in self._weights(layer, way).items()}
                 ways.append(WAYS[m.mode][1](weights, x, states, way == 1))
                 last.append(ways[way].forward(y_way))
@@ -92,7 +94,8 @@ class Layers:
         use = self.use
         b, *last = (None if g is None else wide(g) for g in use.b)
         gradients = [
-            wide(torch.zeros_like(s) if g is None else g.clone()) for s, g in zip(use.states, last, strict=True)
+            wide(torch.zeros(s.shape, dtype=s.dtype) if g is None else g.clone(memory_format=torch.contiguous_format))
+            for s, g in zip(use.states, last, strict=True)
         ]
         k = len(gradients[0])
         for layer in reversed(range(len(self.ways))):
@@ -104,7 +107,7 @@ class Layers:
                 sums = way.backward(b_way, [g[k + j] for g in gradients])
                 use.sums.append((self._weights(layer, j), sums))
                 if layer or wants_x:
-                    part = sums["ih"][1] @ way.weights["weight_ih"]
+                    part = sums[0][2] @ way.weights["weight_ih"]
                     dx = part if dx is None else dx.add_(part)
             b = dx
         return b, gradients

@@ -163,6 +163,26 @@ def test_long_sequences_in_float32(kind: str, batch_first: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "RELU"])
+@pytest.mark.parametrize("how", [{}, {"max_physical_batch_size": 3}])
+def test_wide_layers(kind: str, how: dict[str, Any]) -> None:
+    """Too wide to be formed: the norms of both weights from one product, and of one if the other is frozen."""
+    for frozen in (-1, 0, 1, 4, 5) if not how else (-1,):
+        check(Options(kind, layers=2, hidden=40, inner=True, frozen=frozen), 7, 3, 0, **how)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "RELU"])
+@pytest.mark.parametrize("times", [1, 2, 9])
+def test_both_weights_may_be_one(kind: str, times: int) -> None:
+    torch.manual_seed(0)
+    model, records = Model(Options(kind, hidden=FEATURES)).double(), torch.randn(5, times, FEATURES).double()
+    model.rnn.weight_hh_l0 = model.rnn.weight_ih_l0
+    want = expected(copy.deepcopy(model), records, 1.0, list(range(5)))
+    found = stepped(model, records, 1.0)
+    for name, g in want.items():
+        torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "RELU"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30, -1e30])
 def test_hostile_records_do_not_reach_others(kind: str, value: float) -> None:
     torch.manual_seed(0)
@@ -237,6 +257,30 @@ def test_the_root_may_be_recurrent_itself() -> None:
     (y.sum() + h.sum()).backward()
     loop.optimizer.step()
     assert not torch.equal(before, loop.model.weight_hh_l0)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_states_and_their_gradients_need_not_be_packed(kind: str) -> None:
+    class Apart(Model):
+        def states(self, x: Tensor) -> Any:
+            made = [
+                m(x[:, 0]).view(-1, n, ways).permute(2, 0, 1)
+                for m, (ways, n) in zip(self.makers, self.sizes, strict=True)
+            ]
+            return tuple(made) if self.o.kind == "LSTM" else made[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([s.permute(1, 2, 0).reshape(len(x), -1) for s in _list(self.rnn(x, self.states(x))[1])], 1)
+
+    def _list(states: Any) -> list[Tensor]:
+        return list(states) if isinstance(states, tuple) else [states]
+
+    torch.manual_seed(0)
+    model, records = Apart(Options(kind, layers=2, states="made")).double(), torch.randn(3, 4, FEATURES).double()
+    want = expected(copy.deepcopy(model), records, 1.0, [0, 1, 2])
+    found = stepped(model, records, 1.0)
+    for name, g in want.items():
+        torch.testing.assert_close(found[name], g, rtol=1e-9, atol=1e-12)
 
 
 def test_outputs_may_be_changed_in_place() -> None:
