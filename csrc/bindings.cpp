@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -101,6 +102,18 @@ void bind_clipping(py::module_& m) {
           const int64_t count = batch * channels;
           group_norm_gradients(rows<T>(a, count, positions, positions), rows<T>(b, count, positions, positions), batch,
                                groups, eps, at<F>(weight), at<F>(bias), threads);
+        });
+      },
+      Release());
+  m.def(
+      "convolution_gradients",
+      [](Address a, Address b, DType dtype, int64_t batch, int64_t groups, int64_t channels, int64_t outputs,
+         const std::array<std::array<int64_t, 3>, 6>& sizes, Address out, int threads) {
+        const auto& [input, kernel, output, stride, padding, dilation] = sizes;
+        const ConvolutionShape s{batch, groups, channels, outputs, input, kernel, output, stride, padding, dilation};
+        with_step_type(dtype, [&](auto t) {
+          using F = decltype(t);
+          convolution_gradients(s, at<const F>(a), at<const F>(b), at<F>(out), threads);
         });
       },
       Release());

@@ -14,6 +14,7 @@ namespace fastdp::FASTDP_ISA {
 #include "normal.h"
 //
 #include "clip-simd.h"
+#include "convolution-simd.h"
 #include "linear-simd.h"
 #include "noise-simd.h"
 #include "normalise-simd.h"
@@ -34,6 +35,8 @@ extern const Kernels table = {FASTDP_STRING(FASTDP_ISA),
                               {noise_sgd<double>, noise_adam<double>},
                               keystream,
                               normals_from_words,
-                              sample_block};
+                              sample_block,
+                              convolution_gradients<float>,
+                              convolution_gradients<double>};
 
 }  // namespace fastdp::FASTDP_ISA

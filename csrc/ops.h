@@ -2,6 +2,7 @@
 // Results do not depend on `threads`: work is cut at fixed places and partial sums are added in a fixed order.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -28,6 +29,17 @@ void layer_norm_gradients(Rows<T> a, Rows<T> b, int64_t batch, double eps, bool 
 template <class T>
 void group_norm_gradients(Rows<T> a, Rows<T> b, int64_t batch, int64_t groups, double eps,
                           typename SumOf<T>::type* weight, typename SumOf<T>::type* bias, int threads);
+
+// Of three dimensions, of which those that there are not have size 1; padding with zeros, before and after.
+struct ConvolutionShape {
+  int64_t batch, groups, channels, outputs;  // channels and outputs of one group
+  std::array<int64_t, 3> input, kernel, output, stride, padding, dilation;
+};
+
+// out [B, groups * outputs, channels, *kernel] = per-sample gradients of a convolution's weight, from its input
+// a [B, groups * channels, *input] and the gradient b [B, groups * outputs, *output] of its output
+template <class F>
+void convolution_gradients(const ConvolutionShape& s, const F* a, const F* b, F* out, int threads);
 
 // factors[B] = scale * min(1, max_norm / norm), norm = scale * sqrt(sq_norms), or scale * max_norm / (norm + gamma) if
 // there is a gamma > 0; rounded so that the record's contribution, its products and factor rounded to T, has a norm <=
