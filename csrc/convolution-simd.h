@@ -28,12 +28,20 @@ inline V add_product(V a, V b, V c) {
 #endif
 }
 
+// The first `count` lanes, or all: a call of memcpy only where there are fewer.
 template <class F>
 inline typename LanesOf<F>::type load_part(const F* x, int64_t count) {
   typename LanesOf<F>::type v{};
   if (count >= kLanesOf<F>) return load_lanes<decltype(v)>(x);
   std::memcpy(&v, x, count * sizeof(F));
   return v;
+}
+template <class F, class V>
+inline void store_part(F* to, const V& v, int64_t count) {
+  if (count >= kLanesOf<F>)
+    std::memcpy(to, &v, sizeof v);
+  else
+    std::memcpy(to, &v, count * sizeof(F));
 }
 
 // out[j][i] = x[i][j] of x [rows, n], the rows `stride` and `out_stride` apart.
@@ -57,8 +65,7 @@ void transpose(const F* x, int64_t rows, int64_t n, int64_t stride, F* out, int6
         }
         std::memcpy(v, w, sizeof v);
       }
-      for (int r = 0; r < kSide && r < width; ++r)
-        std::memcpy(out + (j + r) * out_stride + i, &v[r], height < kSide ? height * sizeof(F) : sizeof(V));
+      for (int r = 0; r < kSide && r < width; ++r) store_part(out + (j + r) * out_stride + i, v[r], height);
     }
 }
 
@@ -71,10 +78,12 @@ void add_tile(const F* const (&weights)[kTileWeights<width>], const int64_t* __r
   const F* a[kWeights];
   V s[kWeights][width] = {};
   for (int j = 0; j < kWeights; ++j) a[j] = weights[j];
-  if (!first) std::memcpy(s, sums, sizeof s);
+  // One by one: GCC 12 keeps an array that is copied as a whole in memory.
+  for (int j = 0; j < kWeights; ++j)
+    for (int k = 0; k < width && !first; ++k) s[j][k] = load_lanes<V>(sums + (j * width + k) * kSide);
   for (int64_t p = 0; p < positions; ++p, b += width * kSide) {
     V y[width];
-    std::memcpy(y, b, sizeof y);
+    for (int k = 0; k < width; ++k) y[k] = load_lanes<V>(b + k * kSide);
     const int64_t at = by_group ? begin[p] * (width * kSide) : begin[p];
     for (int j = 0; j < kWeights; ++j)
       for (int k = 0; k < width; ++k) {
@@ -82,7 +91,8 @@ void add_tile(const F* const (&weights)[kTileWeights<width>], const int64_t* __r
         s[j][k] = add_product(x, y[k], s[j][k]);
       }
   }
-  std::memcpy(sums, s, sizeof s);
+  for (int j = 0; j < kWeights; ++j)
+    for (int k = 0; k < width; ++k) std::memcpy(sums + (j * width + k) * kSide, &s[j][k], sizeof(V));
 }
 
 // Channels of `size` elements, of `lanes` numbers each, to planes with zeros round them.
@@ -117,6 +127,9 @@ void sum_panel(const Convolution& of, const F* a, const F* b, int64_t lanes, int
         const int64_t at = (weight / of.taps - from / of.taps) * of.plane + of.window[weight % of.taps];
         weights[j] = a + at * (by_group ? kPanel : 1);
       }
+      // Where they will be written, fetched meanwhile.
+      if (p == 0)
+        for (int64_t o = 0; o < lanes; ++o) __builtin_prefetch(out + o * out_stride + k, 1);
       add_tile<F, width, by_group>(weights, of.begin + p, count, of_b, p == 0, sums + (k - from) * kPanel);
     }
     p += kConvolutionBlock;

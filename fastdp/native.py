@@ -106,7 +106,7 @@ def convolution_gradients(
     check_rows("a", a, (3, 4, 5))
     dims = a.dim() - 2
     require(a.dtype != torch.bfloat16, "a.dtype", a.dtype, "float32 or float64")
-    require(out.dim() == a.dim() + 1, "out.dim()", out.dim(), a.dim() + 1)
+    require(out.dim() == a.dim() + 1, "out.dim()", out.dim(), f"{a.dim() + 1}")
     for name, of, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         require(len(of) == dims and min(of) >= least, name, of, f"{dims} integers >= {least}")
     outputs, channels, kernel = out.shape[1], out.shape[2], out.shape[3:]
@@ -115,7 +115,7 @@ def convolution_gradients(
     require(min(kernel) >= 1, "kernel", kernel, ">= 1")
     each = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
     positions = [(n + 2 * pad - reach * (k - 1) - 1) // step + 1 for n, k, step, pad, reach in each]
-    require(min(positions) >= 0, "kernel", kernel, "within the padded input")
+    require(min(positions) >= 1, "kernel", kernel, "within the padded input")
     for name, x, shape in (
         ("a", a, a.shape),
         ("b", b, (len(a), outputs, *positions)),
