@@ -88,14 +88,19 @@ def test_formulas_give_what_autograd_gives_one_by_one(
     assert formula(layer, a, b, False, False) == (None, None)
 
 
-# 2 x 768 inputs of kernels of more than one cut, and 1100 positions of more than two blocks.
-LARGE = [(nn.Conv1d(2, 3, 768, padding=300), (2, 900)), (nn.Conv2d(35, 20, 3, padding=(0, 1)), (35, 24, 50))]
+# More weights of an output, and more positions, than the kernel does at once; the last one's lanes are groups.
+LARGE: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.Conv1d(2, 3, 768, padding=300), (2, 900)),
+    (nn.Conv2d(35, 20, 3, padding=(0, 1)), (35, 24, 50)),
+    (nn.Conv2d(120, 6, 3, padding=1, groups=3), (120, 30, 31)),
+]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=100, deadline=None)
 @example(LARGE[0], 2, 0)
 @example(LARGE[1], 2, 0)
+@example(LARGE[2], 2, 0)
 @given(convolutions(), st.integers(0, 3), st.integers(0, 2**31))
 def test_convolutions_of_float32_at_any_strides_and_threads(
     of: tuple[nn.Module, tuple[int, ...]], rows: int, seed: int
