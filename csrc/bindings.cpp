@@ -110,6 +110,18 @@ void bind_clipping(py::module_& m) {
       },
       Release());
   m.def(
+      "convolution_gradients",
+      [](Address a, Address b, DType dtype, int64_t batch, int64_t groups, int64_t channels, int64_t outputs,
+         const std::array<std::array<int64_t, 3>, 6>& sizes, Address out, int threads) {
+        const auto& [input, kernel, output, stride, padding, dilation] = sizes;
+        const ConvolutionShape s{batch, groups, channels, outputs, input, kernel, output, stride, padding, dilation};
+        with_step_type(dtype, [&](auto t) {
+          using F = decltype(t);
+          convolution_gradients(s, at<const F>(a), at<const F>(b), at<F>(out), threads);
+        });
+      },
+      Release());
+  m.def(
       "clip_factors",
       [](Address sq, DType dtype, int64_t batch, double scale, double max_norm, Address out,
          std::optional<double> gamma) {

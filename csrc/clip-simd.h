@@ -63,8 +63,8 @@ inline void add_squares(const T* __restrict__ x, int64_t n, f64v (&sums)[kWide])
   for (int k = 0; k < kWide; ++k) sums[k] = s[k];
 }
 
-// Of the running sums and the squares of the n < kSums elements that are left. So many as are `readable` from x on may be
-// read: to copy n first takes most of the time of a row of 9, which is stored in pieces and read whole.
+// Of the running sums and the squares of the n < kSums elements that are left. So many as are `readable` from x on may
+// be read: to copy n first takes most of the time of a row of 9, which is stored in pieces and read whole.
 template <class T>
 inline double finish_squares(f64v (&s)[kWide], const T* x, int64_t n, int64_t readable) {
   if (n > 0) {

@@ -15,6 +15,7 @@ namespace fastdp::FASTDP_ISA {
 //
 #include "cell-simd.h"
 #include "clip-simd.h"
+#include "convolution-simd.h"
 #include "linear-simd.h"
 #include "noise-simd.h"
 #include "normalise-simd.h"
@@ -37,6 +38,8 @@ extern const Kernels table = {FASTDP_STRING(FASTDP_ISA),
                               {lstm_forward<double>, lstm_backward<double>},
                               keystream,
                               normals_from_words,
-                              sample_block};
+                              sample_block,
+                              convolution_gradients<float>,
+                              convolution_gradients<double>};
 
 }  // namespace fastdp::FASTDP_ISA

@@ -100,6 +100,27 @@ struct CellKernels {
   void (*lstm_backward)(T* gates, const T* before, const T* c, const T* dh, T* dc, int64_t n);
 };
 
+// A convolution of up to three dimensions, as the kernel sees it: the offsets of its windows in a channel with zeros
+// round it, a plane.
+struct Convolution {
+  int64_t groups, channels, outputs;  // channels and outputs of one group
+  int64_t size[3], padding[3];        // of the input, and what comes before and after it
+  int64_t plane;                      // elements
+  int64_t taps, positions;
+  const int64_t* window;  // [taps]: of the kernel's elements, from where it begins
+  const int64_t* begin;   // [positions]: where it begins, for each element of the output
+  bool by_group;          // lanes are groups, not outputs
+};
+
+// Positions and weights (of one output) that the kernel does at once, and outputs side by side at most: 64 KiB and 32
+// KiB of float32, in the second-level cache. Groups come in as many, where lanes are groups.
+constexpr int64_t kConvolutionBlock = 512, kConvolutionWeights = 256, kConvolutionPanel = 32;
+
+// One record: see convolution-simd.h; scratch of convolution_scratch(of) numbers.
+template <class F>
+using ConvolutionGradients = void (*)(const Convolution& of, const F* a, const F* b, int64_t group, int64_t from,
+                                      int64_t end, F* scratch, F* out);
+
 struct Kernels {
   const char* name;
   TypedKernels<float> float32;
@@ -116,6 +137,11 @@ struct Kernels {
   // the records of block `block` (n <= 4096 of them) that are in the batch, ascending; returns how many
   int64_t (*sample_block)(const Stream& stream, int64_t block, int64_t n, double rate, int64_t* ids);
 
+  ConvolutionGradients<float> convolution_float32;
+  ConvolutionGradients<double> convolution_float64;
+
+  auto convolution(float) const { return convolution_float32; }
+  auto convolution(double) const { return convolution_float64; }
   const TypedKernels<float>& typed(float) const { return float32; }
   const TypedKernels<bf16>& typed(bf16) const { return bfloat16; }
   const TypedKernels<double>& typed(double) const { return float64; }

@@ -48,9 +48,7 @@ inline f64v load_doubles(const bf16* x) {
 constexpr int64_t kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7};  // of lanes: GCC 12 makes a vector of them one by one
 
 // 0 in those from `count` on
-inline f64v first_lanes(f64v x, int64_t count) {
-  return (f64v)((i64v)x & (load_lanes<i64v>(kNumbers) < count));
-}
+inline f64v first_lanes(f64v x, int64_t count) { return (f64v)((i64v)x & (load_lanes<i64v>(kNumbers) < count)); }
 
 inline f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
 

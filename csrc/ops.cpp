@@ -182,6 +182,62 @@ void lstm_backward(MutableRows<T> gates, MutableRows<T> before, MutableRows<T> c
                [&](int64_t i) { kernel(gates.row(i), before.row(i), c.row(i), dh.row(i), dc.row(i), c.n); });
 }
 
+namespace {
+
+// Offsets in an array of `size` of `count` elements, `step` apart, in each dimension.
+std::vector<int64_t> offsets(const std::array<int64_t, 3>& count, const std::array<int64_t, 3>& step,
+                             const std::array<int64_t, 3>& size) {
+  std::vector<int64_t> out;
+  for (int64_t z = 0; z < count[0]; ++z)
+    for (int64_t y = 0; y < count[1]; ++y)
+      for (int64_t x = 0; x < count[2]; ++x)
+        out.push_back((z * step[0] * size[1] + y * step[1]) * size[2] + x * step[2]);
+  return out;
+}
+
+}  // namespace
+
+template <class F>
+void convolution_gradients(const ConvolutionShape& s, const F* a, const F* b, F* out, int threads) {
+  std::array<int64_t, 3> padded;
+  Convolution of{};
+  of.groups = s.groups, of.channels = s.channels, of.outputs = s.outputs, of.plane = 1;
+  // Lanes of few outputs would be empty; but where lanes are groups, inputs must be transposed, too.
+  of.by_group = s.outputs < 8 && s.groups > s.outputs;
+  int64_t elements = 1;
+  for (int i = 0; i < 3; ++i) {
+    of.size[i] = s.input[i], of.padding[i] = s.padding[i];
+    padded[i] = s.input[i] + 2 * s.padding[i];
+    of.plane *= padded[i], elements *= s.input[i];
+  }
+  const std::vector<int64_t> window = offsets(s.kernel, s.dilation, padded),
+                             begin = offsets(s.output, s.stride, padded);
+  of.window = window.data(), of.taps = window.size();
+  of.begin = begin.data(), of.positions = begin.size();
+  // A record's work is cut into units: groups, and weights of each output.
+  const int64_t weights = s.channels * of.taps, width = of.by_group ? kConvolutionPanel : 1;
+  const int64_t cuts = ceil_div(weights, kConvolutionWeights), units = ceil_div(s.groups, width) * cuts;
+  const int64_t at_once = std::min(weights, kConvolutionWeights);
+  const int64_t channels = std::min(s.channels, at_once / std::max<int64_t>(1, of.taps) + 2);  // of a unit, at most
+  const int64_t work = ceil_div(width * s.outputs, 16) * of.positions * at_once;
+  const int64_t group = std::max<int64_t>(1, kPart / std::max<int64_t>(1, work));  // units of a part
+  const auto kernel = kernels().convolution(F{});
+  constexpr int64_t kLine = 64 / sizeof(F);
+  parallel_parts(threads, ceil_div(s.batch * units, group), [&](int64_t part) {
+    thread_local std::vector<F> scratch;  // from call to call
+    scratch.resize(kConvolutionPanel * (kConvolutionBlock + kConvolutionWeights) +
+                   (channels * of.plane + elements) * (of.by_group ? 16 : 1) + kLine);
+    F* const aligned = scratch.data() + kLine - reinterpret_cast<uintptr_t>(scratch.data()) / sizeof(F) % kLine;
+    const int64_t end = std::min(s.batch * units, (part + 1) * group);
+    for (int64_t unit = part * group; unit < end; ++unit) {
+      const int64_t i = unit / units, from = unit % cuts * kConvolutionWeights;
+      kernel(of, a + i * s.groups * s.channels * elements, b + i * s.groups * s.outputs * of.positions,
+             unit % units / cuts * width, from, std::min(weights, from + kConvolutionWeights), aligned,
+             out + i * s.groups * s.outputs * weights);
+    }
+  });
+}
+
 template <class T>
 int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double max_norm, double* factors,
                      std::optional<double> gamma) {
@@ -344,7 +400,7 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
 
 #define FASTDP_INSTANTIATE(T)                                                                                         \
   template void sq_norms(Rows<T>, double*, int);                                                                      \
-  template void linear_sq_norms(const std::vector<LinearRows<T>>&, int64_t, int64_t, double*, SequenceBounds*, int); \
+  template void linear_sq_norms(const std::vector<LinearRows<T>>&, int64_t, int64_t, double*, SequenceBounds*, int);  \
   template int64_t clip_factors<T>(const double*, int64_t, double, double, double*, std::optional<double>);           \
   template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);                                         \
   template void layer_norm_gradients(Rows<T>, Rows<T>, int64_t, double, bool, SumOf<T>::type*, SumOf<T>::type*, int); \
@@ -355,6 +411,8 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
 FASTDP_INSTANTIATE(float)
 FASTDP_INSTANTIATE(bf16)
 FASTDP_INSTANTIATE(double)
+template void convolution_gradients(const ConvolutionShape&, const float*, const float*, float*, int);
+template void convolution_gradients(const ConvolutionShape&, const double*, const double*, double*, int);
 template void noise_step(const std::vector<StepParameter>&, const float*, const Stream&, const SgdStep&, int);
 template void noise_step(const std::vector<StepParameter>&, const double*, const Stream&, const SgdStep&, int);
 template void noise_step(const std::vector<StepParameter>&, const float*, const Stream&, const AdamStep&, int);

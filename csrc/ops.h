@@ -2,6 +2,7 @@
 // Results do not depend on `threads`: work is cut at fixed places and partial sums are added in a fixed order.
 #pragma once
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -52,6 +53,17 @@ void lstm_forward(MutableRows<T> gates, MutableRows<T> before, MutableRows<T> c,
 template <class T>
 void lstm_backward(MutableRows<T> gates, MutableRows<T> before, MutableRows<T> c, MutableRows<T> dh, MutableRows<T> dc,
                    int threads);
+
+// Of three dimensions, of which those that there are not have size 1; padding with zeros, before and after.
+struct ConvolutionShape {
+  int64_t batch, groups, channels, outputs;  // channels and outputs of one group
+  std::array<int64_t, 3> input, kernel, output, stride, padding, dilation;
+};
+
+// out [B, groups * outputs, channels, *kernel] = per-sample gradients of a convolution's weight, from its input
+// a [B, groups * channels, *input] and the gradient b [B, groups * outputs, *output] of its output
+template <class F>
+void convolution_gradients(const ConvolutionShape& s, const F* a, const F* b, F* out, int threads);
 
 // factors[B] = scale * min(1, max_norm / norm), norm = scale * sqrt(sq_norms), or scale * max_norm / (norm + gamma) if
 // there is a gamma > 0; rounded so that the record's contribution, its products and factor rounded to T, has a norm <=

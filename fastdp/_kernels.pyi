@@ -79,6 +79,18 @@ def group_norm_gradients(
     bias: int,
     threads: int,
 ) -> None: ...
+def convolution_gradients(
+    a: int,
+    b: int,
+    dtype: DType,
+    batch: int,
+    groups: int,
+    channels: int,
+    outputs: int,
+    sizes: list[tuple[int, ...]],
+    out: int,
+    threads: int,
+) -> None: ...
 def clip_factors(
     sq_norms: int, dtype: DType, batch: int, scale: float, max_norm: float, factors: int, gamma: float | None
 ) -> int: ...

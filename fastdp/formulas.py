@@ -17,35 +17,20 @@ from torch import Tensor, nn
 
 from fastdp import native
 
-# Numbers of convolutions' per-sample gradients: 4 MiB of float32.
-FORMED_AT_ONCE: Final = 1 << 20
-
 Gradients = tuple[Tensor | None, Tensor | None]
 Formula = Callable[[Any, Tensor, Tensor, bool, bool], Gradients]  # module, a, b, weight and bias wanted
 
 
 def convolution(m: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, b: Tensor, weight: bool, bias: bool) -> Gradients:
-    """a [B, C, ...], b [B, O, ...]. vmap makes one grouped convolution of all, of as many flops as that of their sum
-    (Rochette, Manoel & Tramel 2019, arXiv:1912.06015)."""
-    found = None
+    """a [B, C, ...], b [B, O, ...]."""
+    found, b = None, b.contiguous()
     if weight:
-        spatial = a.dim() - 2
         padding = m.padding
         if m.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
-            a, padding = F.pad(a, m._reversed_padding_repeated_twice, mode), (0,) * spatial
-        w = m.weight.detach().to(a.dtype)
-
-        def one(x: Tensor, g: Tensor) -> Tensor:
-            how = m.stride, padding, m.dilation, False, [0] * spatial, m.groups
-            backward = torch.ops.aten.convolution_backward
-            grad: Tensor = backward(g.unsqueeze(0), x.unsqueeze(0), w, None, *how, [False, True, False])[1]
-            return grad
-
-        # Not all at once: torch keeps its inputs and results in other layouts beside, twice what is asked for.
-        at_once = max(1, FORMED_AT_ONCE // w.numel())
-        parts = [torch.func.vmap(one)(x, g) for x, g in zip(a.split(at_once), b.split(at_once), strict=True)]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts)
+            a, padding = F.pad(a, m._reversed_padding_repeated_twice, mode), (0,) * len(m.stride)
+        found = a.new_empty(len(a), *m.weight.shape)
+        native.convolution_gradients(a.contiguous(), b, m.groups, m.stride, padding, m.dilation, found)
     return found, b.flatten(2).sum(2) if bias else None
 
 

@@ -5,6 +5,8 @@ What the engine calls. `fastdp.ops` wraps these for everybody else, and says wha
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -94,6 +96,48 @@ def group_norm_gradients(
     _kernels.group_norm_gradients(
         a.data_ptr(), b.data_ptr(), DTYPES[a.dtype], *sizes, groups, eps, *outs, torch.get_num_threads()
     )
+
+
+def convolution_gradients(
+    a: Tensor,
+    b: Tensor,
+    groups: int,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    out: Tensor,
+) -> None:
+    """out [B, O, C / groups, *kernel] = per-sample gradients of a convolution's weight, of its input a [B, C, ...] and
+    the gradient b [B, O, ...] of its output; stride, padding and dilation in each of the 1 to 3 dimensions."""
+    check_rows("a", a, (3, 4, 5))
+    dims = a.dim() - 2
+    require(a.dtype != torch.bfloat16, "a.dtype", a.dtype, "float32 or float64")
+    require(out.dim() == a.dim() + 1, "out.dim()", out.dim(), f"{a.dim() + 1}")
+    for name, of, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        require(len(of) == dims and min(of) >= least, name, of, f"{dims} integers >= {least}")
+    outputs, channels, kernel = out.shape[1], out.shape[2], out.shape[3:]
+    of_group = groups >= 1 and outputs % groups == 0
+    require(of_group and a.shape[1] == channels * groups, "groups", groups, f"such that a is {channels} channels each")
+    require(min(kernel) >= 1, "kernel", kernel, ">= 1")
+    each = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
+    positions = [(n + 2 * pad - reach * (k - 1) - 1) // step + 1 for n, k, step, pad, reach in each]
+    require(min(positions) >= 1, "kernel", kernel, "within the padded input")
+    for name, x, shape in (
+        ("a", a, a.shape),
+        ("b", b, (len(a), outputs, *positions)),
+        ("out", out, (len(a), *out.shape[1:])),
+    ):
+        if x.shape != shape or x.dtype != a.dtype or not x.is_contiguous() or not x.is_cpu:
+            raise ArgumentError(name, f"{x.dtype}{list(x.shape)}", f"contiguous {a.dtype}{list(shape)}")
+
+    def three(of: Iterable[int], filled: int) -> tuple[int, ...]:
+        return (filled,) * (3 - dims) + tuple(of)
+
+    ones = [three(of, 1) for of in (a.shape[2:], kernel, positions, stride)]
+    sizes = [*ones, three(padding, 0), three(dilation, 1)]
+    of = len(a), groups, channels, outputs // groups
+    threads = torch.get_num_threads()
+    _kernels.convolution_gradients(a.data_ptr(), b.data_ptr(), DTYPES[a.dtype], *of, sizes, out.data_ptr(), threads)
 
 
 def clip_factors(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loops import private
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import fastdp
-from fastdp.errors import PrivacyError
+from fastdp import native
+from fastdp.errors import ArgumentError, PrivacyError
 from fastdp.formulas import FORMULAS
 from fastdp.rules import has_formula
 from fastdp.uses import FormulaUse
@@ -24,8 +26,10 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
-    """A layer, and the shape of a record."""
-    n, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    """A layer, and the shape of a record: groups and outputs of less and more than a vector or two, weights of an
+    output and positions of more than the kernel does at once."""
+    n, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 17, 35]))
+    few = [1, 2, 3]
 
     def each(values: st.SearchStrategy[int]) -> tuple[int, ...]:
         return tuple(draw(values) for _ in range(n))
@@ -35,10 +39,11 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     same = draw(st.booleans())
     stride = (1,) * n if same else each(st.integers(1, 3))
     padding = "same" if same else draw(st.sampled_from(["valid", each(st.integers(0, 2))]))
-    channels, bias = groups * draw(st.integers(1, 2)), draw(st.booleans())
+    channels, bias = groups * draw(st.sampled_from([*few, 12] if groups <= 3 else few)), draw(st.booleans())
+    outputs = groups * draw(st.sampled_from([*few, 8, 17, 35] if groups <= 3 else few))
     options = {"padding": padding, "dilation": dilation, "groups": groups, "bias": bias, "padding_mode": mode}
-    layer = CONVOLUTIONS[n](channels, groups * draw(st.integers(1, 2)), kernel, stride, **options)
-    return layer, (channels, *each(st.integers(5, 7)))
+    layer = CONVOLUTIONS[n](channels, outputs, kernel, stride, **options)
+    return layer, (channels, *each(st.integers(5, 9)))
 
 
 @st.composite
@@ -81,6 +86,83 @@ def test_formulas_give_what_autograd_gives_one_by_one(
         if g is not None:
             torch.testing.assert_close(g.reshape(want[name].shape), want[name], rtol=1e-9, atol=1e-9)
     assert formula(layer, a, b, False, False) == (None, None)
+
+
+# More weights of an output, and more positions, than the kernel does at once; the last one's lanes are groups.
+LARGE: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.Conv1d(2, 3, 768, padding=300), (2, 900)),
+    (nn.Conv2d(35, 20, 3, padding=(0, 1)), (35, 24, 50)),
+    (nn.Conv2d(120, 6, 3, padding=1, groups=3), (120, 30, 31)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@settings(max_examples=100, deadline=None)
+@example(LARGE[0], 2, 0)
+@example(LARGE[1], 2, 0)
+@example(LARGE[2], 2, 0)
+@given(convolutions(), st.integers(0, 3), st.integers(0, 2**31))
+def test_convolutions_of_float32_at_any_strides_and_threads(
+    of: tuple[nn.Module, tuple[int, ...]], rows: int, seed: int
+) -> None:
+    """Against float64 of each record alone; and a hostile record changes no other's bits."""
+    layer, shape = of
+    torch.manual_seed(seed)
+    # Of small integers: all sums are exact.
+    a = torch.randint(-4, 5, (rows, *shape[1:], shape[0])).float().movedim(-1, 1)
+    b = torch.randint(-4, 5, layer(a).movedim(1, -1).shape).float().movedim(-1, 1)
+    formula, _ = FORMULAS[type(layer)]
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            weight, bias = formula(layer, a, b, True, True)
+            want = one_by_one(layer.double(), a.double(), b.double()) if rows else {}
+            layer.float()
+            assert weight.shape == (rows, *layer.weight.shape)
+            for name, g in want.items():
+                assert torch.equal((weight if name == "weight" else bias).double(), g)
+            if rows:
+                for hostile in (math.nan, math.inf):
+                    x, y = a.clone(), b.clone()
+                    x[0], y[0] = hostile, hostile
+                    assert torch.equal(formula(layer, x, y, True, False)[0][1:], weight[1:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_convolutions_at_each_instruction_set(at_isa) -> None:
+    names = (
+        "test_convolutions_of_float32_at_any_strides_and_threads",
+        "test_formulas_give_what_autograd_gives_one_by_one",
+    )
+    calls = "".join(f"import test_formulas; test_formulas.{name}()\n" for name in names)
+    assert at_isa(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{calls}print('right')") == "right\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("a", {"a": torch.zeros(2, 4, 5, 6).transpose(2, 3)}),
+        ("b", {"b": torch.zeros(2, 6, 4, 4)}),
+        ("b", {"b": torch.zeros(2, 6, 3, 4, dtype=torch.float64)}),
+        ("out", {"out": torch.zeros(3, 6, 2, 2, 3)}),
+        ("a.dtype", {"a": torch.zeros(2, 4, 6, 5, dtype=torch.bfloat16)}),
+        ("groups", {"groups": 1}),
+        ("groups", {"groups": 0}),
+        ("stride", {"stride": (0, 1)}),
+        ("padding", {"padding": (1,)}),
+        ("padding", {"padding": (-1, 0)}),
+        ("dilation", {"dilation": (1, 0)}),
+        ("kernel", {"dilation": (6, 1)}),
+    ],
+)
+def test_what_would_be_read_beyond_its_end_is_refused(name: str, change: dict[str, Any]) -> None:
+    fitting = {"a": torch.zeros(2, 4, 6, 5), "b": torch.zeros(2, 6, 3, 3), "out": torch.zeros(2, 6, 2, 2, 3)}
+    options = {"groups": 2, "stride": (2, 1), "padding": (0, 0), "dilation": (1, 1)}
+    native.convolution_gradients(**fitting | options)
+    with pytest.raises(ArgumentError, match=rf"^{name}="):
+        native.convolution_gradients(**fitting | options | change)
 
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
