@@ -2,14 +2,23 @@
 // output: sums over positions of b times the normalised input, and of b. The input is normalised again, as it was in
 // the forward, but with mean and variance summed in double.
 
-template <class T>
-double sum(const T* __restrict__ x, int64_t n) {
-  double s[kSums] = {};
+// The sum over i < n of term(get, i), which get(x + i)s numbers: one double, or as many as a vector holds. Left to the
+// compiler, all of a group norm takes 1.2 to 1.6 times as long.
+template <class T, class Term>
+double sum_of(int64_t n, Term term) {
+  f64v v[kWide] = {};
   int64_t i = 0;
   for (; i + kSums <= n; i += kSums)
-    for (int k = 0; k < kSums; ++k) s[k] += double{load(x[i + k])};
-  for (int k = 0; i + k < n; ++k) s[k] += double{load(x[i + k])};
+    for (int k = 0; k < kWide; ++k) v[k] += term([](const T* x) { return load_doubles(x); }, i + k * kDoubles);
+  double s[kSums];
+  std::memcpy(s, v, sizeof s);
+  for (int k = 0; i + k < n; ++k) s[k] += term([](const T* x) { return double{load(*x)}; }, i + k);
   return tree_sum(s);
+}
+
+template <class T>
+double sum(const T* __restrict__ x, int64_t n) {
+  return sum_of<T>(n, [&](auto get, int64_t i) { return get(x + i); });
 }
 
 struct Normal {
@@ -20,16 +29,11 @@ struct Normal {
 template <class T>
 Normal normal_of(const T* __restrict__ x, int64_t n, double eps, bool centre) {
   const double mean = centre ? sum(x, n) / static_cast<double>(n) : 0.0;
-  double s[kSums] = {};
-  int64_t i = 0;
-  const auto add = [&](int k) {
-    const double v = double{load(x[i + k])} - mean;
-    s[k] += v * v;
-  };
-  for (; i + kSums <= n; i += kSums)
-    for (int k = 0; k < kSums; ++k) add(k);
-  for (int k = 0; i + k < n; ++k) add(k);
-  const double variance = tree_sum(s) / static_cast<double>(n);
+  const double squares = sum_of<T>(n, [&](auto get, int64_t i) {
+    const auto v = get(x + i) - mean;
+    return v * v;
+  });
+  const double variance = squares / static_cast<double>(n);
   return {mean, 1.0 / square_root(variance + eps)};
 }
 
@@ -66,14 +70,9 @@ void group_norm_gradients(Rows<T> a, Rows<T> b, int64_t group, double eps, typen
     if (bias != nullptr) bias[c] = static_cast<F>(sum(b.row(c), b.n));
     if (weight == nullptr) continue;
     if (c % group == 0) of = normal_of(a.row(c), group * a.n, eps, true);
-    double s[kSums] = {};
     const T* __restrict__ x = a.row(c);
     const T* __restrict__ g = b.row(c);
-    int64_t i = 0;
-    const auto add = [&](int k) { s[k] += double{load(g[i + k])} * (double{load(x[i + k])} - of.mean); };
-    for (; i + kSums <= a.n; i += kSums)
-      for (int k = 0; k < kSums; ++k) add(k);
-    for (int k = 0; i + k < a.n; ++k) add(k);
-    weight[c] = static_cast<F>(tree_sum(s) * of.scale);
+    const double products = sum_of<T>(a.n, [&](auto get, int64_t i) { return get(g + i) * (get(x + i) - of.mean); });
+    weight[c] = static_cast<F>(products * of.scale);
   }
 }

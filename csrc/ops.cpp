@@ -188,6 +188,7 @@ namespace {
 std::vector<int64_t> offsets(const std::array<int64_t, 3>& count, const std::array<int64_t, 3>& step,
                              const std::array<int64_t, 3>& size) {
   std::vector<int64_t> out;
+  out.reserve(count[0] * count[1] * count[2]);
   for (int64_t z = 0; z < count[0]; ++z)
     for (int64_t y = 0; y < count[1]; ++y)
       for (int64_t x = 0; x < count[2]; ++x)
