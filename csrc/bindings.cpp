@@ -68,18 +68,21 @@ void bind_clipping(py::module_& m) {
         with_type(dtype, [&](auto t) { sq_norms(rows<decltype(t)>(g, batch, n, stride), at<double>(out), threads); });
       },
       Release());
-  using Linear = std::tuple<Address, Address, int64_t, int64_t, int64_t, int64_t, bool>;
+  // Of a and of b: address, n, and how far records and positions are apart; whether there is a bias.
+  using Operand = std::tuple<Address, int64_t, int64_t, int64_t>;
   m.def(
       "linear_sq_norms",
-      [](const std::vector<Linear>& layers, DType dtype, int64_t batch, int64_t positions, Address out, Address bounds,
-         int threads) {
+      [](const std::vector<std::tuple<Operand, Operand, bool>>& layers, DType dtype, int64_t batch, int64_t positions,
+         Address out, Address bounds, int threads) {
         with_type(dtype, [&](auto t) {
           using T = decltype(t);
-          const int64_t count = batch * positions;
+          const auto sequences = [&](const Operand& x) {
+            const auto& [address, n, records_apart, apart] = x;
+            return Sequences<T>{at<const T>(address), batch, positions, n, records_apart, apart};
+          };
           std::vector<LinearRows<T>> list;
-          for (const auto& [a, b, in, out_features, a_stride, b_stride, bias] : layers)
-            list.push_back({rows<T>(a, count, in, a_stride), rows<T>(b, count, out_features, b_stride), bias});
-          linear_sq_norms(list, batch, positions, at<double>(out), at<SequenceBounds>(bounds), threads);
+          for (const auto& [a, b, bias] : layers) list.push_back({sequences(a), sequences(b), bias});
+          linear_sq_norms(list, at<double>(out), at<SequenceBounds>(bounds), threads);
         });
       },
       Release());
@@ -152,12 +155,12 @@ void bind_clipping(py::module_& m) {
       Release());
   m.def(
       "scale_rows",
-      [](Address x, DType dtype, int64_t batch, int64_t n, int64_t stride, Address factors, Address out, Address sums,
-         int threads) {
+      [](Address x, DType dtype, int64_t records, int64_t positions, int64_t n, int64_t records_apart, int64_t apart,
+         Address factors, Address out, Address sums, int threads) {
         with_type(dtype, [&](auto t) {
           using T = decltype(t);
-          scale_rows(rows<T>(x, batch, n, stride), at<const double>(factors), at<T>(out),
-                     at<typename SumOf<T>::type>(sums), threads);
+          scale_rows(Sequences<T>{at<const T>(x), records, positions, n, records_apart, apart},
+                     at<const double>(factors), at<T>(out), at<typename SumOf<T>::type>(sums), threads);
         });
       },
       Release());

@@ -85,38 +85,31 @@ void add_product_sq_norms(Rows<T> a, Rows<T> b, bool bias, double* out) {
 }
 
 template <class T>
-void add_gram_sq_norms(Rows<T> a, Rows<T> b, int64_t positions, bool bias, double* out, SequenceBounds* bounds) {
+void add_gram_sq_norm(Rows<T> a, Rows<T> b, bool bias, double& out, SequenceBounds* bounds) {
   thread_local std::vector<double> scratch;  // from call to call: new memory costs more than a short sequence
-  scratch.resize(gram_scratch(positions, a.n + b.n));
-  for (int64_t i = 0; i * positions < a.rows; ++i) {
-    const int64_t t = i * positions;
-    const Rows<T> of_a{a.row(t), positions, a.n, a.stride}, of_b{b.row(t), positions, b.n, b.stride};
-    SequenceBounds found{};
-    out[i] += kernels().typed(T{}).gram_sq_norm(of_a, of_b, scratch.data(), found) + (bias ? sum_sq_norm(of_b) : 0.0);
-    if (bounds == nullptr) continue;
-    bounds[i].products += found.products;
-    bounds[i].largest_b = std::max(bounds[i].largest_b, found.largest_b);
-    bounds[i].inputs += std::sqrt(static_cast<double>(b.n)) * found.inputs;
-  }
+  scratch.resize(gram_scratch(a.rows, a.n + b.n));
+  SequenceBounds found{};
+  out += kernels().typed(T{}).gram_sq_norm(a, b, scratch.data(), found) + (bias ? sum_sq_norm(b) : 0.0);
+  if (bounds == nullptr) return;
+  bounds->products += found.products;
+  bounds->largest_b = std::max(bounds->largest_b, found.largest_b);
+  bounds->inputs += std::sqrt(static_cast<double>(b.n)) * found.inputs;
 }
 
 }  // namespace
 
 template <class T>
-void linear_sq_norms(const std::vector<LinearRows<T>>& layers, int64_t batch, int64_t positions, double* out,
-                     SequenceBounds* bounds, int threads) {
+void linear_sq_norms(const std::vector<LinearRows<T>>& layers, double* out, SequenceBounds* bounds, int threads) {
+  const int64_t batch = layers[0].a.records, positions = layers[0].a.positions;
   int64_t work = 1;  // of one record
-  for (const LinearRows<T>& layer : layers) work += positions * positions * (layer.a.n + layer.b.n);
+  for (const auto& [a, b, bias] : layers) work += positions * positions * (a.n + b.n);
   const int64_t group = std::max<int64_t>(1, kPart / work);
   parallel_parts(threads, ceil_div(batch, group), [&](int64_t part) {
     const int64_t from = part * group, count = std::min(group, batch - from);
-    for (const LinearRows<T>& layer : layers) {
-      const Rows<T> a{layer.a.row(from * positions), count * positions, layer.a.n, layer.a.stride};
-      const Rows<T> b{layer.b.row(from * positions), count * positions, layer.b.n, layer.b.stride};
-      if (positions == 1)
-        add_product_sq_norms(a, b, layer.bias, out + from);
-      else
-        add_gram_sq_norms(a, b, positions, layer.bias, out + from, offset(bounds, from));
+    for (const auto& [a, b, bias] : layers) {
+      if (positions == 1) add_product_sq_norms(a.rows(from, count), b.rows(from, count), bias, out + from);
+      for (int64_t i = from; i < from + count && positions > 1; ++i)
+        add_gram_sq_norm(a.record(i), b.record(i), bias, out[i], offset(bounds, i));
     }
   });
 }
@@ -261,14 +254,15 @@ int64_t clip_factors(const double* sq_norms, int64_t batch, double scale, double
 }
 
 template <class T>
-void scale_rows(Rows<T> rows, const double* factors, T* out, typename SumOf<T>::type* sums, int threads) {
-  const auto& k = kernels().typed(T{});
-  if (sums != nullptr || rows.rows * rows.n <= kPart) return k.scale_rows(rows, factors, out, sums);
-  const int64_t group = std::max<int64_t>(1, kPart / std::max<int64_t>(1, rows.n));
-  parallel_parts(threads, ceil_div(rows.rows, group), [&](int64_t part) {
-    const int64_t from = part * group;
-    k.scale_rows({rows.row(from), std::min(group, rows.rows - from), rows.n, rows.stride}, factors + from,
-                 out + from * rows.n, nullptr);
+void scale_rows(Sequences<T> x, const double* factors, T* out, typename SumOf<T>::type* sums, int threads) {
+  const auto scale = kernels().typed(T{}).scale_rows;
+  if (sums != nullptr) return scale(x.rows(0, x.records), factors, out, sums);
+  const int64_t group = std::max<int64_t>(1, kPart / std::max<int64_t>(1, x.positions * x.n));
+  parallel_parts(threads, ceil_div(x.records, group), [&](int64_t part) {
+    const int64_t from = part * group, count = std::min(group, x.records - from);
+    if (x.positions == 1) return scale(x.rows(from, count), factors + from, out + from * x.n, nullptr);
+    for (int64_t i = from; i < from + count; ++i)
+      scale(x.record(i), factors + i * x.positions, out + i * x.positions * x.n, nullptr);
   });
 }
 
@@ -401,9 +395,9 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
 
 #define FASTDP_INSTANTIATE(T)                                                                                         \
   template void sq_norms(Rows<T>, double*, int);                                                                      \
-  template void linear_sq_norms(const std::vector<LinearRows<T>>&, int64_t, int64_t, double*, SequenceBounds*, int);  \
+  template void linear_sq_norms(const std::vector<LinearRows<T>>&, double*, SequenceBounds*, int);                    \
   template int64_t clip_factors<T>(const double*, int64_t, double, double, double*, std::optional<double>);           \
-  template void scale_rows(Rows<T>, const double*, T*, SumOf<T>::type*, int);                                         \
+  template void scale_rows(Sequences<T>, const double*, T*, SumOf<T>::type*, int);                                    \
   template void layer_norm_gradients(Rows<T>, Rows<T>, int64_t, double, bool, SumOf<T>::type*, SumOf<T>::type*, int); \
   template void group_norm_gradients(Rows<T>, Rows<T>, int64_t, int64_t, double, SumOf<T>::type*, SumOf<T>::type*,    \
                                      int);                                                                            \

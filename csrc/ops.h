@@ -14,19 +14,27 @@ namespace fastdp {
 template <class T>
 void sq_norms(Rows<T> g, double* out, int threads);
 
-// Of a linear layer, what its per-sample gradients sum_t b_t a_t^T, and sum_t b_t if there is a bias, are made of:
-// a [B, positions, I] and b [B, positions, O], as rows of I and of O.
+// [records, positions, n]: rows of n, `apart` from one position to the next.
+template <class T>
+struct Sequences {
+  const T* data;
+  int64_t records, positions, n, records_apart, apart;
+  Rows<T> record(int64_t i) const { return {data + i * records_apart, positions, n, apart}; }
+  // of one position each
+  Rows<T> rows(int64_t from, int64_t count) const { return {data + from * records_apart, count, n, records_apart}; }
+};
+
+// Of a linear layer, what its per-sample gradients sum_t b_t a_t^T, and sum_t b_t if there is a bias, are made of.
 template <class T>
 struct LinearRows {
-  Rows<T> a, b;
+  Sequences<T> a, b;
   bool bias;
 };
 
 // out[B] += squared norms of these, of all layers; of several positions, what bounds their rounding is added to
 // bounds[B], unless null, `inputs` times sqrt(O)
 template <class T>
-void linear_sq_norms(const std::vector<LinearRows<T>>& layers, int64_t batch, int64_t positions, double* out,
-                     SequenceBounds* bounds, int threads);
+void linear_sq_norms(const std::vector<LinearRows<T>>& layers, double* out, SequenceBounds* bounds, int threads);
 
 // Per-sample gradients of a normalisation's weight and bias, [B, n] each or null, from its input and the gradient of
 // its output. Layer norm (centre) and RMS norm: a, b [B * positions, n].
@@ -80,9 +88,9 @@ void clip_sum(Rows<T> g, double max_norm, typename SumOf<T>::type* out, int thre
 template <class T>
 void sum_rows(Rows<T> g, const double* factors, typename SumOf<T>::type* out, bool add, int threads);
 
-// out[B, n] = factors[B] * rows [B, n]; sums[n] = column sums of out, unless null
+// out[rows, n] = factors[rows] * x, of as many rows in all; sums[n] = column sums of out, unless null: of one position
 template <class T>
-void scale_rows(Rows<T> rows, const double* factors, T* out, typename SumOf<T>::type* sums, int threads);
+void scale_rows(Sequences<T> x, const double* factors, T* out, typename SumOf<T>::type* sums, int threads);
 
 // x[n] += std * N(first + i)
 template <class T>

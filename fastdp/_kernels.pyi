@@ -45,7 +45,7 @@ def threads_available() -> bool: ...
 # Tensors are passed as addresses (`data_ptr()`), lengths and strides count elements; nothing is checked here.
 def sq_norms(g: int, dtype: DType, batch: int, n: int, stride: int, out: int, threads: int) -> None: ...
 def linear_sq_norms(
-    layers: list[tuple[int, int, int, int, int, int, bool]],
+    layers: list[tuple[tuple[int, int, int, int], tuple[int, int, int, int], bool]],
     dtype: DType,
     batch: int,
     positions: int,
@@ -101,7 +101,17 @@ def sum_rows(
     g: int, dtype: DType, batch: int, n: int, stride: int, factors: int, out: int, add: bool, threads: int
 ) -> None: ...
 def scale_rows(
-    x: int, dtype: DType, batch: int, n: int, stride: int, factors: int, out: int, sums: int, threads: int
+    x: int,
+    dtype: DType,
+    records: int,
+    positions: int,
+    n: int,
+    records_apart: int,
+    apart: int,
+    factors: int,
+    out: int,
+    sums: int,
+    threads: int,
 ) -> None: ...
 
 # `tensors`: the address of each, and elements from row to row.

@@ -77,7 +77,7 @@ class Norms:
             native.add_linear_sq_norms(products, self.sq)
 
     def add_sequence(self, a: Tensor, b: Tensor) -> None:
-        """Of sum_t b_t a_t^T; a [B, T, I], b [B, T, O]."""
+        """Of sum_t b_t a_t^T, or its transpose; a [B, T, I], b [B, T, O], b being what is scaled by the factors."""
         if self._bounds is None:
             self._bounds = torch.zeros(len(self.sq), 3, dtype=torch.float64)
         native.add_linear_sq_norms([(a, b, False)], self.sq, self._bounds)
@@ -193,45 +193,48 @@ class Product(PerSample):
     bias: Formed | None = None  # of which b [B, O] is the gradient: normed and summed in the passes over b
     beside: tuple[Tensor, ...] = ()  # parameters [O, ...] whose inputs follow those of p in a: of the same b
 
+    @property
+    def _scales_a(self) -> bool:
+        """What the factors are multiplied to: the narrower one, of sequences. Of b, the sum is the bias's."""
+        return self.a.dim() == 3 and self.a.shape[2] < self.b.shape[2]
+
     def add_sq_norms(self, norms: Norms) -> None:
         """Of sequences; `Norms.add` has those of single positions."""
-        self.a, self.b = self.a.contiguous(), self.b.contiguous()
-        norms.add_sequence(self.a, self.b)
+        self.a, self.b = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.a, self.b))
+        norms.add_sequence(*((self.b, self.a) if self._scales_a else (self.a, self.b)))
 
     def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
-        a, b = self.a, self.b
-        if zeros:  # selected, not multiplied by 0: a may hold NaN too
-            a = a.masked_fill((factors == 0.0).view(-1, *[1] * (a.dim() - 1)), 0.0)
-        if b.dim() == 3:
-            factors = factors.repeat_interleave(b.shape[1])
-            a, b = a.flatten(0, 1), b.flatten(0, 1)
-        sums = None if self.bias is None else self.bias.rows_of(views)
-        rows = len(b)
-        pieces = round(rows / max(256, SCALED_AT_ONCE // max(1, b.shape[1])))
-        if pieces <= 1:
-            self._add_rows(a, b, factors, views, sums, scratch, add)
-            return
+        scaled, other = (self.a, self.b) if self._scales_a else (self.b, self.a)
+        if zeros:  # selected, not multiplied by 0: it may hold NaN too
+            other = other.masked_fill((factors == 0.0).view(-1, *[1] * (other.dim() - 1)), 0.0)
+        if other.dim() == 3:
+            factors = factors.unsqueeze(1).expand(other.shape[:2])
+            if other.transpose(0, 1).is_contiguous():  # attention's: positions first
+                scaled, other, factors = (x.transpose(0, 1) for x in (scaled, other, factors))
+        rows = factors.numel()
         # Of one size: a product of a few rows more would take as long to add to the sum.
-        ends = [rows * i // pieces for i in range(pieces + 1)]
+        pieces = max(1, round(rows / max(256, SCALED_AT_ONCE // max(1, scaled.shape[-1]))))
+        pieces = min(pieces, max(1, len(scaled)))
+        ends = [len(scaled) * i // pieces for i in range(pieces + 1)]
         for start, end in itertools.pairwise(ends):
             piece = slice(start, end)
-            self._add_rows(a[piece], b[piece], factors[piece], views, sums, scratch, add or start > 0)
+            self._add_rows(scaled[piece], other[piece], factors[piece], views, scratch, add or start > 0)
 
-    def _add_rows(
-        self, a: Tensor, b: Tensor, factors: Tensor, views: Views, sums: Tensor | None, scratch: Scratch, add: bool
-    ) -> None:
-        a, b = wide(a), wide(b)
-        scaled = scratch.rows(*b.shape)
+    def _add_rows(self, x: Tensor, other: Tensor, factors: Tensor, views: Views, scratch: Scratch, add: bool) -> None:
+        x, other = wide(x), wide(other).flatten(0, -2)
+        scaled = scratch.rows(other.shape[0], x.shape[-1])
+        sums = None if self.bias is None else self.bias.rows_of(views)
         part = torch.empty_like(sums) if sums is not None and add else sums
-        native.scale_rows(b, factors, scaled, part)
+        native.scale_rows(x, factors.reshape(-1).contiguous(), scaled, part)
         if sums is not None and part is not None and add:
             sums += part
+        a, b = (scaled, other) if self._scales_a else (other, scaled)
         outs = [self.rows_of(views), *(views[p] for p in self.beside)]
-        for out, x in zip(outs, self._inputs(a), strict=True):
+        for out, inputs in zip(outs, self._inputs(a), strict=True):
             if add:
-                out.addmm_(scaled.t(), x)
+                out.addmm_(b.t(), inputs)
             else:
-                torch.mm(scaled.t(), x, out=out)
+                torch.mm(b.t(), inputs, out=out)
 
     def _inputs(self, a: Tensor) -> Sequence[Tensor]:
         """Of each parameter."""

@@ -62,10 +62,7 @@ def add_linear_sq_norms(layers: list[tuple[Tensor, Tensor, bool]], out: Tensor, 
     if positions == 0:
         return
     _kernels.linear_sq_norms(
-        [
-            (a.data_ptr(), b.data_ptr(), a.shape[-1], b.shape[-1], _row_stride(a), _row_stride(b), bias)
-            for a, b, bias in layers
-        ],
+        [(_operand(a), _operand(b), bias) for a, b, bias in layers],
         DTYPES[first.dtype],
         first.shape[0],
         positions,
@@ -73,6 +70,11 @@ def add_linear_sq_norms(layers: list[tuple[Tensor, Tensor, bool]], out: Tensor, 
         0 if bounds is None else bounds.data_ptr(),
         torch.get_num_threads(),
     )
+
+
+def _operand(x: Tensor) -> tuple[int, int, int, int]:
+    """Address, row length, and how far records and positions are apart."""
+    return x.data_ptr(), x.shape[-1], x.stride(0), x.stride(-2)
 
 
 def layer_norm_gradients(
@@ -196,13 +198,21 @@ def sum_rows(g: Tensor, factors: Tensor, out: Tensor, add: bool) -> None:
 
 
 def scale_rows(x: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None) -> None:
-    """out [B, n] = factors [B] * x [B, n], rows of factor 0 unread; column sums of out into `sums` [n]."""
+    """out [B, n] = factors [B] * x [B, n], rows of factor 0 unread; column sums of out into `sums` [n].
+
+    x may be [B / k, k, n], with any strides but the last.
+    """
+    inner = x.shape[1] if x.dim() == 3 else 1
+    if factors.shape != out.shape[:1] or not factors.is_contiguous():
+        raise ArgumentError("factors", f"{list(factors.shape)}, {factors.stride()}", f"contiguous [{out.shape[0]}]")
     _kernels.scale_rows(
         x.data_ptr(),
         DTYPES[x.dtype],
         x.shape[0],
-        x.shape[1],
+        inner,
+        x.shape[-1],
         x.stride(0),
+        x.stride(-2),
         factors.data_ptr(),
         out.data_ptr(),
         0 if sums is None else sums.data_ptr(),
@@ -292,10 +302,7 @@ def check_packed(name: str, x: Tensor) -> None:
     """Rows may lie apart, or on each other (an expanded tensor); the elements of a row must be adjacent."""
     if x.is_contiguous():
         return
-    ok = x.shape[-1] <= 1 or x.stride(-1) == 1
-    if x.dim() == 3 and x.shape[0] > 1 and x.shape[1] > 1:
-        ok = ok and x.stride(0) == x.shape[1] * x.stride(1)
-    if not ok:
+    if not (x.shape[-1] <= 1 or x.stride(-1) == 1):
         raise ArgumentError(f"{name}.stride()", x.stride(), "packed rows (call .contiguous())")
 
 
@@ -347,8 +354,3 @@ def _addresses(a: Tensor, weight: Tensor | None, bias: Tensor | None, n: int) ->
             found = f"{out.dtype}{list(out.shape)}"
             raise ArgumentError(name, found, f"contiguous {sum_dtype(a.dtype)}[{a.shape[0]}, {n}]")
     return tuple(0 if out is None else out.data_ptr() for out in (weight, bias))  # type: ignore[return-value]
-
-
-def _row_stride(x: Tensor) -> int:
-    """Elements from one row of the last dimension to the next."""
-    return x.stride(0) if x.dim() == 3 and x.shape[1] == 1 else x.stride(-2)

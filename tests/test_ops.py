@@ -59,10 +59,10 @@ def test_strided_rows_are_read_in_place_and_others_refused() -> None:
     for bad in (wide.t(), wide[:, ::2]):
         with pytest.raises(ArgumentError, match="packed rows"):
             ops.sq_norms(bad)
-    three = torch.randn(4, 6, 5)
-    a = three.transpose(0, 1)
+    a, b = torch.randn(4, 6, 5).transpose(0, 1), torch.randn(6, 8, 9)[:, ::2, :3]  # positions first; every second
+    assert torch.equal(ops.linear_sq_norms(a, b), ops.linear_sq_norms(a.contiguous(), b.contiguous()))
     with pytest.raises(ArgumentError, match="packed rows"):
-        ops.linear_sq_norms(a, torch.randn(6, 4, 3))
+        ops.linear_sq_norms(a, torch.randn(6, 3, 4).transpose(1, 2))
     with pytest.raises(ArgumentError, match="out="):
         ops.clip_sum(wide, 1.0, out=torch.empty(20, dtype=torch.float64))
 
@@ -184,6 +184,8 @@ def test_scaled_rows(n: int) -> None:
     again = torch.empty_like(out)
     native.scale_rows(g, factors, again, None)
     assert torch.equal(again, out)
+    native.scale_rows(g.view(5, 2, n).transpose(0, 1), factors.view(5, 2).t().reshape(-1), again, None)
+    assert torch.equal(again.view(2, 5, n), out.view(5, 2, n).transpose(0, 1))
 
 
 @pytest.mark.parametrize("shape", [(40, 100_000), (300, 3000), (5, 1_000_000)])
