@@ -1,7 +1,7 @@
 # The module _kernels: every file once, the kernels once per instruction set.
 pybind11_add_module(
-  _kernels MODULE NO_EXTRAS csrc/bindings.cpp csrc/ops.cpp csrc/clip_sum.cpp csrc/dispatch.cpp csrc/threads.cpp
-                  csrc/isa_scalar.cpp)
+  _kernels MODULE NO_EXTRAS csrc/bindings.cpp csrc/ops.cpp csrc/layers.cpp csrc/clip_sum.cpp csrc/dispatch.cpp
+                  csrc/threads.cpp csrc/isa_scalar.cpp)
 target_link_libraries(_kernels PRIVATE fastdp_flags ${CMAKE_DL_LIBS})
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

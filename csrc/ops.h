@@ -1,4 +1,4 @@
-// The operations, on pointers: checked by fastdp/ops.py, split over threads here, computed by the kernels.
+// The operations, on pointers: checked by fastdp/native.py, split over threads here, computed by the kernels.
 // Results do not depend on `threads`: work is cut at fixed places and partial sums are added in a fixed order.
 #pragma once
 
