@@ -186,7 +186,7 @@ class PrivacyEngine:
         return self
 
     def close(self) -> None:
-        """End the run: what its ledger file reserved and did not use is given back. No step can follow."""
+        """End a run with a ledger file: what that reserved and did not use is given back, and no step can follow."""
         if isinstance(self.ledger, ledger.DurableLedger):
             self.ledger.close()
 

@@ -59,7 +59,8 @@ class Recorder:
         if self.backward is not None and self.backward != current:
             raise PrivacyError(
                 f"{use.layer}: a second backward() before optimizer.step(); call step() of the optimizer that "
-                "make_private returned, or zero_grad(), first"
+                "make_private returned, or zero_grad(), first (larger batches: batch_size of the loader, in pieces of "
+                "max_physical_batch_size)"
             )
         self.backward = current
         if torch.is_grad_enabled():

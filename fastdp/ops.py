@@ -1,7 +1,8 @@
 """The kernels, on plain tensors: registered with torch.library.
 
 All of them work under `torch.compile(fullgraph=True)`. CPU tensors of float32, bfloat16 or float64; rows must be
-packed (elements of a row adjacent), which is checked, never assumed. None of them is differentiable.
+packed (elements of a row adjacent), which is checked, never assumed. None of them is differentiable: what they give
+does not require a gradient.
 
 Randomness is a function of `(key, step)` and of an index, and of nothing else: the same on every machine, instruction
 set and thread count. `key` is a uint8[32] tensor and a secret. With `key=None` a fresh one is drawn from the operating
@@ -37,7 +38,7 @@ def sq_norms(g: Tensor) -> Tensor:
     Float64 because the square of a float32 above 1.8e19 is no float32. Squares of float64 elements beyond 1e154
     overflow to inf.
     """
-    out: Tensor = torch.ops.fastdp.sq_norms(g)
+    out: Tensor = torch.ops.fastdp.sq_norms(g.detach())
     return out
 
 
@@ -51,9 +52,9 @@ def clip_sum(g: Tensor, max_norm: float, out: Tensor | None = None) -> Tensor:
     row with a NaN, an infinity or a norm that overflows contributes nothing. `max_norm=0` gives zeros.
     """
     if out is None:
-        result: Tensor = torch.ops.fastdp.clip_sum(g, max_norm)
+        result: Tensor = torch.ops.fastdp.clip_sum(g.detach(), max_norm)
         return result
-    torch.ops.fastdp.clip_sum.out(g, max_norm, out=out)
+    torch.ops.fastdp.clip_sum.out(g.detach(), max_norm, out=out)
     return out
 
 
@@ -67,11 +68,13 @@ def clip_noise(
 ) -> Tensor:
     """`clip_sum(g, max_norm)` plus Gaussian noise of standard deviation `noise_multiplier * max_norm` -> [D].
 
+    key, step: as for `gaussian_noise_`: a pair gives one noise.
+
     Guarantee: one Gaussian mechanism of that noise multiplier under add/remove adjacency of rows (account for it with
     `fastdp.accounting`), up to float arithmetic and the cut at 9.49 standard deviations.
     """
     key, step = _key_and_step(key, step)
-    out: Tensor = torch.ops.fastdp.clip_noise(g, max_norm, noise_multiplier, key, step)
+    out: Tensor = torch.ops.fastdp.clip_noise(g.detach(), max_norm, noise_multiplier, key, step)
     return out
 
 
@@ -82,7 +85,7 @@ def linear_sq_norms(a: Tensor, b: Tensor, bias: bool = True) -> Tensor:
     Equation: ||sum_t b_t a_t^T||^2 (+ ||sum_t b_t||^2 if `bias`); Goodfellow 2015 (arXiv:1510.01799) for T = 1, Li et
     al. 2022 (arXiv:2110.05679) for sequences, in O(T^2 (I + O)) per record.
     """
-    out: Tensor = torch.ops.fastdp.linear_sq_norms(a, b, bias)
+    out: Tensor = torch.ops.fastdp.linear_sq_norms(a.detach(), b.detach(), bias)
     return out
 
 
@@ -90,6 +93,9 @@ def gaussian_noise_(
     x: Tensor, std: float, *, key: Tensor | None = None, step: int | Tensor | None = None, offset: int = 0
 ) -> Tensor:
     """Add N(0, std^2) to `x` in place; element i gets the noise of index `offset + i`.
+
+    key, step: as `random_key()` gives it, and a number that was never used with it: two tensors with the same (key,
+    step) get equal noise, which cancels out, unless their ranges of `offset` are apart. None: a fresh key.
 
     Source: ChaCha20 (RFC 8439) and Box-Muller in float32, on 32 bits for the angle and 32 for the radius, of which the
     grid is then finer than float32's, or 64 where it would not be: in the tail from 4.24 standard deviations on and
@@ -102,6 +108,8 @@ def gaussian_noise_(
 
 def poisson_sample(n: int, rate: float, *, key: Tensor | None = None, step: int | Tensor | None = None) -> Tensor:
     """Ids of a Poisson sample: each of 0..n-1 with probability `rate`, independently -> int64, ascending.
+
+    key, step: a pair gives one sample; the noise of that pair comes from another stream. None: a fresh key.
 
     Costs O(n / 4096 + n * rate): geometric skips within blocks of 4096 ids, each block from a stream of its own. Under
     torch.compile it needs `torch._dynamo.config.capture_dynamic_output_shape_ops = True`, as torch.nonzero does.

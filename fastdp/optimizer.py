@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +118,12 @@ class PrivateOptimizer(Optimizer):
         try:
             self._check()
             rows = self._loader.rows
+            if rows and not self._recorder.uses:
+                warnings.warn(
+                    f"fastdp: step() without a gradient of this batch's {rows} records (no backward(), or zero_grad() "
+                    "after it): a step of noise alone, which is accounted for",
+                    stacklevel=4,  # the loop: between are torch's wrapper and no_grad's
+                )
             shown = max(rows, 1)
             scale = shown if self._loss_is_mean else 1.0
             self.gradient.fill(self._recorder.uses, shown, rows, scale, add=self._in_batch)
@@ -171,7 +178,8 @@ class PrivateOptimizer(Optimizer):
         if self._loader.pieces != self._pieces + 1:
             raise PrivacyError(
                 f"step() after {self._loader.pieces - self._pieces} batches of the loader since the last step: "
-                "each step must use exactly one of the loader that make_private returned"
+                "each step must use exactly one of the loader that make_private returned: look at shapes in the "
+                "dataset; to choose among batches is not accounted for, and this run ends here"
             )
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         if self._in_batch and settings != self._settings:

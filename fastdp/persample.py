@@ -195,7 +195,9 @@ class Unit:
         if not _close(y, again, tolerance):
             raise PrivacyError(
                 f"{self.layer}: {type(self.module).__name__} gave another output when it was run again record by "
-                "record: it draws random numbers, keeps state or mixes records (put nn.Dropout beside it, not inside)"
+                f"record for its own parameters ({', '.join(key for _, key, _ in self._slots)}): it draws random "
+                "numbers, keeps state or mixes records (put those parameters into a module of their own, or nn.Dropout "
+                "beside it)"
             )
 
     def _check_sum(self, gradients: list[Tensor], arguments: Any, b: list[Tensor], precision: torch.dtype) -> None:

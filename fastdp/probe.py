@@ -165,8 +165,8 @@ class Probe:
             compare(base, other, ~changed)
             if values != other_values:
                 raise PrivacyError(
-                    "loss: a number was taken out of torch before backward() (.item(), float(), .numpy()) and depends "
-                    "on the records: keep it a tensor, or take it after backward()"
+                    "a number was taken out of torch before backward() (.item(), float(), .numpy(), printing) and "
+                    "depends on the records: keep it a tensor, or take it after backward()"
                 )
             self._check_buffers(buffers, other_buffers)
         again, _, _ = self._replay(tape, loss, gradient, lambda x: x, after=replace)

@@ -43,7 +43,7 @@ def validate(module: nn.Module) -> list[Rule]:
     for name, m in module.named_modules():
         refused, parameters = refusal(m), owned.get(name, [])
         if refused or parameters:
-            how = "run again record by record"
+            how = f"run again record by record, with all in it, for {', '.join(key for _, key, _ in parameters)}"
             if is_linear(m):
                 how = "norms from inputs and output gradients"
             elif is_attention(m):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,20 @@ class Taped(Tensor):
     """A tensor whose functions are written down on its tape. Only those of probed batches are."""
 
     _tape: Tape
+
+    # A loop prints, saves and copies it as it would any other tensor, after the tape has ended too.
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if self.dim() == 0 else plain(self), spec)  # a number, as `item` on the tape
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return str(plain(self).__repr__(**kwargs))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return copy.deepcopy(plain(self), memo)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -92,8 +92,9 @@ class LayerUse(Use):
         """Raise PrivacyError unless the shapes and types are those of one record a row, in the parameters' type."""
         if self.a.dim() < dims or self.a.shape[0] != rows:
             raise PrivacyError(
-                f"{self.layer}: the first dimension of its input is not the batch's records, one each; give it "
-                "`positions.expand(len(x), -1)` for positions that all share"
+                f"{self.layer}: the first dimension of its input is not the batch's records, one each: "
+                "batch_first=True where it has one, the whole batch, `positions.expand(len(x), -1)` for positions that "
+                "all share"
             )
         narrow = torch.bfloat16 if dtype == torch.float32 else dtype
         if any(x.dtype not in (dtype, narrow) for x in (self.a, self.b) if x.is_floating_point()):

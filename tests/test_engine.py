@@ -165,6 +165,7 @@ def test_ledger_and_epsilon_follow_the_plan() -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.*a step of noise alone")
 def test_shuffled_batches_claim_no_amplification() -> None:
     """P5: a record is in one batch of an epoch, so an epoch costs one Gaussian mechanism."""
     module = nn.Linear(6, 3)
@@ -216,6 +217,7 @@ def test_evaluation_between_steps_changes_nothing(loop) -> None:
     optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:.*a step of noise alone")
 def test_shuffled_calibrated_runs_stop_after_their_epochs() -> None:
     module = nn.Linear(6, 3)
     engine = PrivacyEngine()
@@ -299,6 +301,7 @@ def test_the_inner_optimizer_sees_noised_gradients_in_memory_of_their_own() -> N
         assert g.abs().max() > 0.05  # noise of 3 * 0.5 / 12 on every element
 
 
+@pytest.mark.filterwarnings("ignore:.*a step of noise alone")
 def test_epsilon_includes_the_cut_tails() -> None:
     module = nn.Linear(6, 3)
     engine, module, optimizer, loader = private(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def test_a_step_without_backward_is_noise_and_is_accounted(loop) -> None:
     engine, module, optimizer, loader = loop
     before = copy.deepcopy(module.state_dict())
     next(iter(loader))
-    optimizer.step()
+    with pytest.warns(UserWarning, match="12 records .* a step of noise alone, which is accounted for") as found:
+        optimizer.step()
+    assert found[0].filename == __file__
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())  # noise_multiplier is 0
     assert engine.ledger.steps == 1
 
@@ -55,6 +58,7 @@ def test_a_second_backward_is_refused(loop) -> None:
     optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore:.*a step of noise alone")
 def test_a_backward_of_an_earlier_batch_is_refused() -> None:
     module = MODELS["logistic"]()  # of one layer: autograd itself does not miss the weights of the earlier step
     _, module, optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
@@ -456,3 +460,24 @@ def test_a_compiled_loss_is_refused_or_exact(batch: int) -> None:
             optimizer.step()
     for p, q in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_what_a_loop_does_with_the_loss_of_a_probed_batch(before: bool, tmp_path: Path) -> None:
+    """Printed, copied and saved like any tensor; a number is not to be taken before backward, printing included."""
+    module = MODELS["mlp"]()
+    _, module, optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+    x, y = next(iter(loader))
+    loss = F.cross_entropy(module(x), y)
+    kept = loss.detach()
+    if before:
+        assert f"{loss:.3f}" == f"{kept.as_subclass(Tensor).item():.3f}"
+        with pytest.raises(PrivacyError, match="a number was taken out of torch before backward"):
+            loss.backward()
+        return
+    loss.backward()
+    optimizer.step()
+    assert f"{loss:.3f}" == f"{loss.item():.3f}" and "Taped" not in f"{loss!r} {x} {kept}"
+    torch.save(kept, tmp_path / "loss.pt")
+    for again in (torch.load(tmp_path / "loss.pt"), copy.deepcopy(kept)):
+        assert type(again) is Tensor and torch.equal(again, kept)

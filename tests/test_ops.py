@@ -278,3 +278,9 @@ def test_linear_norms_of_doubles_whose_squares_vanish() -> None:
     a, b = torch.full((1, 2), 1e-163, dtype=torch.float64), torch.full((1, 3), 1e153, dtype=torch.float64)
     assert ops.linear_sq_norms(a, b, bias=False).sqrt().item() == pytest.approx(1e-10 * math.sqrt(6), rel=1e-12)
     assert ops.linear_sq_norms(a * 0, b, bias=False).item() == 0.0
+
+
+def test_results_do_not_require_gradients() -> None:
+    g = torch.randn(4, 6, requires_grad=True)
+    for found in (ops.sq_norms(g), ops.clip_sum(g, 1.0), ops.clip_noise(g, 1.0, 1.0), ops.linear_sq_norms(g, g)):
+        assert not found.requires_grad
