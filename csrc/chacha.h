@@ -48,11 +48,9 @@ inline void chacha20(const uint32_t (&key)[8], u32v w12, u32v w13, uint32_t w14,
 }
 
 inline void stream_blocks(const Stream& s, uint64_t first, u32v (&x)[16]) {
-  u32v low, high;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const uint64_t block = first + lane;
-    low[lane] = static_cast<uint32_t>(block);
-    high[lane] = static_cast<uint32_t>(block >> 32) | static_cast<uint32_t>(s.domain) << 16;
-  }
+  const u32v zero = {}, from = zero + static_cast<uint32_t>(first);
+  const u32v low = from + load_lanes<u32v>(kLaneNumbers);
+  const uint32_t upper = static_cast<uint32_t>(first >> 32) | static_cast<uint32_t>(s.domain) << 16;
+  const u32v high = zero + upper - (u32v)(low < from);  // and what is carried: true is -1
   chacha20(s.key, low, high, static_cast<uint32_t>(s.step), static_cast<uint32_t>(s.step >> 32), x);
 }

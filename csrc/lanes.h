@@ -45,7 +45,9 @@ inline f64v load_doubles(const bf16* x) {
   return to_double(v);
 }
 
-constexpr int64_t kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7};  // of lanes: GCC 12 makes a vector of them one by one
+// Of lanes: GCC 12 makes a vector of them one by one.
+constexpr int64_t kNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr uint32_t kLaneNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // 0 in those from `count` on
 inline f64v first_lanes(f64v x, int64_t count) { return (f64v)((i64v)x & (load_lanes<i64v>(kNumbers) < count)); }
