@@ -197,6 +197,7 @@ class Own(torch.optim.SGD):
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, Own])
 @pytest.mark.parametrize("on_engine", [True, False])
+@pytest.mark.filterwarnings("ignore:.*a step of noise alone")
 def test_runs_take_it_once_a_step_on_empty_batches_too(make: Callable[..., Any], on_engine: bool) -> None:
     _, module, optimizer, loader = still(True, on_engine, make)
     weight, bias = module.weight, module.bias
@@ -220,6 +221,7 @@ def test_either_argument_means_the_same() -> None:
         PrivacyEngine(secure_mode="yes")  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:.*a step of noise alone")
 def test_epsilon_counts_the_tails_of_four_normals(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a delta just above what d cut normals a step use up, 4 d use up more."""
     monkeypatch.setattr(accounting, "TAIL_RADIUS", 5.0)
