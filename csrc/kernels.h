@@ -116,7 +116,7 @@ struct Convolution {
 // KiB of float32, in the second-level cache. Groups come in as many, where lanes are groups.
 constexpr int64_t kConvolutionBlock = 512, kConvolutionWeights = 256, kConvolutionPanel = 32;
 
-// One record: see convolution-simd.h; scratch of convolution_scratch(of) numbers.
+// One record: see convolution-simd.h; `scratch` is as large as layers.cpp makes it.
 template <class F>
 using ConvolutionGradients = void (*)(const Convolution& of, const F* a, const F* b, int64_t group, int64_t from,
                                       int64_t end, F* scratch, F* out);

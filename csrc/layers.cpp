@@ -32,6 +32,27 @@ inline double row_norm(Rows<double> rows, int64_t i) {
   return largest * std::sqrt(sum);
 }
 
+// Whether a row is not 0, but its square is, or has few digits.
+inline bool vanishes(Rows<double> rows) {
+  for (int64_t t = 0; t < rows.rows; ++t) {
+    const double norm = row_norm(rows, t);
+    if (norm > 0.0 && norm < 1e-140) return true;
+  }
+  return false;
+}
+
+// The square of sum_t |a_t| |b_t|, which is no less than that of the norm.
+inline double bound_norms(Rows<double> a, Rows<double> b, SequenceBounds& found) {
+  found = {};
+  for (int64_t t = 0; t < a.rows; ++t) {
+    const double of_a = row_norm(a, t), of_b = row_norm(b, t);
+    found.products += of_a * of_b;
+    found.largest_b = std::max(found.largest_b, of_b);
+    found.inputs += of_a;
+  }
+  return found.products * found.products;
+}
+
 // |sum_t b_t|^2
 template <class T>
 double sum_sq_norm(Rows<T> b) {
@@ -67,7 +88,11 @@ void add_gram_sq_norm(Rows<T> a, Rows<T> b, bool bias, double& out, SequenceBoun
   thread_local std::vector<double> scratch;  // from call to call: new memory costs more than a short sequence
   scratch.resize(gram_scratch(a.rows, a.n + b.n));
   SequenceBounds found{};
-  out += kernels().typed(T{}).gram_sq_norm(a, b, scratch.data(), found) + (bias ? sum_sq_norm(b) : 0.0);
+  double sq = kernels().typed(T{}).gram_sq_norm(a, b, scratch.data(), found);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    if (vanishes(a) || vanishes(b)) sq = bound_norms(a, b, found);
+  }
+  out += sq + (bias ? sum_sq_norm(b) : 0.0);
   if (bounds == nullptr) return;
   bounds->products += found.products;
   bounds->largest_b = std::max(bounds->largest_b, found.largest_b);

@@ -19,10 +19,6 @@ from torch import Tensor
 from fastdp import native
 from fastdp.precision import wide
 
-# A record's rounded products may exceed its norm by 2^-23 of the sum of their lengths when they cancel (sequences).
-ROUNDING = {torch.float32: 2.0**-22, torch.float64: 2.0**-51}
-
-
 # Output gradients are scaled so many numbers at once, 256 KiB of float32, or 256 rows: less memory, and in the cache.
 SCALED_AT_ONCE = 1 << 16
 
@@ -60,10 +56,12 @@ class Norms:
 
     def __init__(self, rows: int, dtype: torch.dtype) -> None:
         self.sq = torch.zeros(rows, dtype=torch.float64)
-        self._dtype, self._rounding, self._limits = dtype, ROUNDING[dtype], torch.finfo(dtype)
+        self._dtype, self._limits = dtype, torch.finfo(dtype)
         # Of sums of products a_t b_t over positions t, whose terms may cancel but for their rounding: the sum of their
         # lengths, the largest b_t, and sqrt(O) sum |a_t|, of which the kernel loses a part where b_t is subnormal.
         self._bounds: Tensor | None = None
+        self._roundings = 0.0  # of a sum over positions, at most, in halves of an epsilon
+        self._gram_roundings = 0.0  # of a norm by Gram matrices, in double
 
     def add(self, parts: Iterable[PerSample]) -> None:
         """Of all parts. Products of one position come together: a call each is a tenth of a small model's step."""
@@ -80,6 +78,11 @@ class Norms:
         """Of sum_t b_t a_t^T, or its transpose; a [B, T, I], b [B, T, O], b being what is scaled by the factors."""
         if self._bounds is None:
             self._bounds = torch.zeros(len(self.sq), 3, dtype=torch.float64)
+        positions = a.shape[1]
+        # Each term of a sum of T is rounded at most T times, in whatever order; and the factor, and its product with b.
+        self._roundings = max(self._roundings, positions + 4.0)
+        # <a_t, a_u> <b_t, b_u>: I, O and one roundings, and those of sums over tiles of 4 by 4 or more of them.
+        self._gram_roundings = max(self._gram_roundings, a.shape[2] + b.shape[2] + positions**2 / 16 + 32.0)
         native.add_linear_sq_norms([(a, b, False)], self.sq, self._bounds)
 
     def factors(self, scale: float, max_grad_norm: float, gamma: float | None) -> tuple[Tensor, int]:
@@ -95,12 +98,14 @@ class Norms:
         return factors, int((factors == 0.0).sum())
 
     def _widened(self, max_grad_norm: float) -> Tensor:
-        """Squares of norms that leave room for all that, or are infinite."""
+        """Squares of norms that leave room for all that, or are infinite: errors are a part of `slack`, the sum of the
+        lengths of the terms (Higham 2002, Accuracy and Stability of Numerical Algorithms, section 3.1)."""
         if self._bounds is None or max_grad_norm == 0.0:
             return self.sq
         slack, _, inputs = self._bounds.unbind(1)
         room = (1.0 - self._limits.tiny / max_grad_norm * inputs).clamp_min(0.0)
-        return ((self.sq.sqrt() + self._rounding * slack) / room).square()
+        norm = (self.sq + self._gram_roundings * 2.0**-53 * slack.square()).sqrt()
+        return ((norm + self._roundings * self._limits.eps / 2 * slack) / room).square()
 
 
 def are_small(a: Tensor, b: Tensor) -> bool:

@@ -50,6 +50,12 @@ def add_linear_sq_norms(layers: list[tuple[Tensor, Tensor, bool]], out: Tensor, 
     bounds: float64 [B, 3]. Of T > 1, gains sum_t |a_t| |b_t|, the greatest |b_t|, and sqrt(O) sum_t |a_t|.
     """
     first = layers[0][0]
+    if out.shape != first.shape[:1] or out.dtype != torch.float64 or not out.is_contiguous():
+        raise ArgumentError("out", f"{out.dtype}{list(out.shape)}", f"contiguous float64[{len(first)}]")
+    if bounds is not None and (
+        bounds.shape != (len(first), 3) or bounds.dtype != torch.float64 or not bounds.is_contiguous()
+    ):
+        raise ArgumentError("bounds", f"{bounds.dtype}{list(bounds.shape)}", f"contiguous float64[{len(first)}, 3]")
     for a, b, _ in layers:
         for name, x in (("a", a), ("b", b)):
             check_rows(name, x, (2, 3))
@@ -203,6 +209,10 @@ def scale_rows(x: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None) -> 
     x may be [B / k, k, n], with any strides but the last.
     """
     inner = x.shape[1] if x.dim() == 3 else 1
+    if out.shape != (x.shape[0] * inner, x.shape[-1]) or out.dtype != x.dtype or not out.is_contiguous():
+        raise ArgumentError("out", f"{out.dtype}{list(out.shape)}", f"contiguous {x.dtype}, as x {list(x.shape)}")
+    if sums is not None and (x.dim() == 3 or sums.numel() != x.shape[-1] or not sums.is_contiguous()):
+        raise ArgumentError("sums", list(sums.shape), f"[{x.shape[-1]}], and x of two dimensions")
     if factors.shape != out.shape[:1] or not factors.is_contiguous():
         raise ArgumentError("factors", f"{list(factors.shape)}, {factors.stride()}", f"contiguous [{out.shape[0]}]")
     _kernels.scale_rows(
