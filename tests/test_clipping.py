@@ -251,3 +251,31 @@ def test_the_report_says_how_gradients_were_clipped(clipping: str) -> None:
     name = {"flat": "flat", "per_layer": "per-layer", "automatic": "automatic"}[clipping]
     (said,) = (line for line in engine.assumptions() if "clipping" in line)
     assert said.startswith(f"{name} clipping") and "at most C = 0.5" in said
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_a_parameter_that_a_step_does_not_use_stays_where_it_is(clipping: str) -> None:
+    """What an earlier step left in its place would be a record's contribution once more."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.which = nn.ModuleList(nn.Linear(6, 4) for _ in range(2)), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.heads[self.which](x)
+            return y
+
+    module = Heads()
+    _, module, optimizer, loader = private(
+        module, torch.optim.SGD(module.parameters(), lr=0.5), data(), clipping=clipping
+    )
+    for (x, y), which in zip(loader, (0, 1, 0), strict=False):
+        module.which = which
+        before = copy.deepcopy(module.heads)
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+        for p, q in zip(module.heads[1 - which].parameters(), before[1 - which].parameters(), strict=True):
+            assert torch.equal(p, q)
+        assert not torch.equal(module.heads[which].weight, before[which].weight)
