@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdp import ArgumentError, gradients, native
 from fastdp.gradients import Formed, Norms, PerSample, Product, Scratch, of_parameters
+from fastdp.uses import LinearUse
 
 I, O = 6, 9  # noqa: E741
 
@@ -58,6 +60,9 @@ def test_a_position_that_overflows_drops_the_record(swapped: bool) -> None:
     scaled, other = [2e38, 9.9], [5e-38, -1.0]
     part = positions(scaled, other, I, O) if swapped else positions(other, scaled, O, I)
     assert added(part, 1, 20.0, scale=4.0).count_nonzero() == 0
+    norms = Norms(1, torch.float32)
+    norms.add([part])
+    assert norms.factors(4.0, 20.0, None)[1] == 1  # which drops it from other layers, too, where each has its own norm
     assert added(part, 1, 20.0, scale=0.25).double().norm().item() == pytest.approx(0.025, rel=1e-3)
 
 
@@ -182,3 +187,16 @@ def test_memory_of_another_size_is_refused() -> None:
         native.add_linear_sq_norms([(x, x, False)], torch.zeros(3).double())
     with pytest.raises(ArgumentError, match="bounds="):
         native.add_linear_sq_norms([(x, x, False)], torch.zeros(4).double(), torch.zeros(4, 2).double())
+
+
+def test_what_is_settled_lets_go_of_inputs_and_gradients() -> None:
+    """The graph's hooks, and a loss that the user keeps, hold the use: not what it was made of, too."""
+    layer, a, b = nn.Linear(2, 2), torch.randn(5, 40, 2), torch.randn(5, 40, 2)
+    use = LinearUse("layer", 0, [(a, a._version)], layer, a)
+    use.b = b
+    want, held = torch.einsum("bto,bti->boi", b, a).flatten(1), [weakref.ref(x) for x in (a, b)]
+    del a, b
+    use.settle({*layer.parameters()}, 5, torch.float32)
+    assert [x() for x in held] == [None, None]
+    weight, _ = use.parts({*layer.parameters()}, 5, torch.float32)
+    torch.testing.assert_close(weight.formed(), want)
