@@ -225,6 +225,32 @@ def test_instruction_sets_agree_with_the_oracle(at_isa) -> None:
     assert printed == "agree\n"
 
 
+AT_A_PAGES_END = """
+import ctypes, mmap, torch
+from fastdp import ops
+
+page = mmap.PAGESIZE
+memory = mmap.mmap(-1, 2 * page)
+begin = ctypes.addressof((ctypes.c_char * (2 * page)).from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + page), ctypes.c_size_t(page), 0) == 0
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for rows in (1, 3, 4, 5):
+        for n in (1, 7, 9, 16, 17, 31):
+            size = rows * n * dtype.itemsize
+            x = torch.frombuffer(memory, dtype=dtype, count=rows * n, offset=page - size).view(rows, n).fill_(2.0)
+            assert ops.sq_norms(x).tolist() == [4.0 * n] * rows
+            assert (ops.linear_sq_norms(x, x, False) - 16.0 * n * n).abs().max() <= 1e-10
+            assert ops.linear_sq_norms(x.view(1, rows, n), x.view(1, rows, n), False).item() == (4.0 * n * rows) ** 2
+            assert ops.clip_sum(x, 1e9).tolist() == [2.0 * rows] * n
+print("within", flush=True)
+"""
+
+
+def test_nothing_beyond_the_last_row_is_read(at_isa) -> None:
+    """The next page of memory may not be read: a process that does is killed."""
+    assert at_isa(AT_A_PAGES_END) == "within\n"
+
+
 def test_operators_pass_opcheck(key: torch.Tensor) -> None:
     step = torch.tensor(3)
     g, a, b = torch.randn(5, 9), torch.randn(5, 4, 9), torch.randn(5, 4, 3)
