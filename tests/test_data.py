@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
-import zlib
 from importlib import resources
 from pathlib import Path
 
@@ -157,9 +157,11 @@ def test_features_of_raw_rows(uci: dict[str, bytes], adult: Table) -> None:
 def test_file_is_rebuilt_from_the_raw_files(uci: dict[str, bytes], schema: Schema) -> None:
     from fastdp.datasets.make_adult import pack
 
-    if "ng" in zlib.ZLIB_RUNTIME_VERSION:
-        pytest.skip(f"zlib {zlib.ZLIB_RUNTIME_VERSION} compresses to other bytes than the zlib that made the file")
-    assert pack(uci, schema) == (DATASETS / "adult.npz").read_bytes()
+    # Bytes depend on zlib, and on Python's zipfile (3.11.4 writes other headers).
+    with np.load(io.BytesIO(pack(uci, schema))) as made, np.load(DATASETS / "adult.npz") as ours:
+        assert made.files == ours.files
+        for name in ours.files:
+            assert made[name].dtype == ours[name].dtype and np.array_equal(made[name], ours[name])
 
 
 @pytest.mark.parametrize("name", ["adlut", "/nowhere/table", "a:b:c", "7:x"])

@@ -38,7 +38,7 @@ def rows(raw: bytes) -> list[list[str]]:
 
 
 def pack(raw: dict[str, bytes], schema: Schema) -> bytes:
-    """UCI's two files, by name, as the bytes of a compressed .npz: the same bytes for the same zlib."""
+    """UCI's two files, by name, as the bytes of a compressed .npz: the same for the same Python and zlib."""
     arrays: dict[str, Any] = {}
     for split, file in SPLITS.items():
         columns = zip(schema.columns, zip(*rows(raw[file]), strict=True), strict=True)
