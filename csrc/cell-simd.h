@@ -1,15 +1,6 @@
 // One time of one record of an LSTM: what is left of it beside the products with its weights. Each function takes rows
 // of n numbers; the gates i, f, g, o lie one after the other in a row of 4 n.
 
-// Without the instruction rounded twice: unlike the noise, these need not agree from machine to machine.
-inline f32v multiply_add(f32v a, f32v b, f32v c) {
-#if defined(__FMA__)
-  return fused(a, b, c);
-#else
-  return a * b + c;
-#endif
-}
-
 // c[0] + c[1] x + ...
 template <int n>
 inline f32v polynomial(f32v x, const float (&c)[n]) {

@@ -20,15 +20,6 @@ constexpr int kLanesOf = sizeof(typename LanesOf<F>::type) / sizeof(F);
 template <int width>
 constexpr int kTileWeights = kLanes == 16 ? 8 : 8 / width;
 
-template <class V>
-inline V add_product(V a, V b, V c) {
-#if defined(__AVX2__)
-  return fused(a, b, c);
-#else
-  return c + a * b;  // not libm's fmaf for each lane: these sums need not agree
-#endif
-}
-
 // The first `count` lanes, or all: a call of memcpy only where there are fewer.
 template <class F>
 inline typename LanesOf<F>::type load_part(const F* x, int64_t count) {
@@ -89,7 +80,7 @@ void add_tile(const F* const (&weights)[kTileWeights<width>], const int64_t* __r
     for (int j = 0; j < kWeights; ++j)
       for (int k = 0; k < width; ++k) {
         const V x = by_group ? load_lanes<V>(a[j] + at + k * kSide) : a[j][at] - V{};  // in every lane
-        s[j][k] = add_product(x, y[k], s[j][k]);
+        s[j][k] = multiply_add(x, y[k], s[j][k]);
       }
   }
   for (int j = 0; j < kWeights; ++j)

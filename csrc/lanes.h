@@ -95,6 +95,16 @@ inline f64v fused(f64v a, f64v b, f64v c) {  // without the instruction rounded 
 #endif
 }
 
+// a * b + c, rounded once or twice: for what need not agree from machine to machine.
+inline f32v multiply_add(f32v a, f32v b, f32v c) {
+#if defined(__AVX2__)
+  return fused(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline f64v multiply_add(f64v a, f64v b, f64v c) { return fused(a, b, c); }
+
 inline bool any_lane(i32v x) {
   uint64_t t[kLanes / 2], any = 0;
   std::memcpy(t, &x, sizeof t);
