@@ -58,3 +58,7 @@ def test_some_ranks_had_nothing_to_do(facts: dict[int, dict]) -> None:
 
 def test_ranks_with_different_plans_are_found_at_start() -> None:
     assert launch.run("plans.py", ranks=2).count("done: rank") == 2
+
+
+def test_ranks_agree_without_a_seed() -> None:
+    assert launch.run("unseeded.py", ranks=2).count("equal: rank") == 2
