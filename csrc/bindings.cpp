@@ -170,12 +170,12 @@ template <class Step>
 void bind_step(py::module_& m) {
   using Parameter = std::tuple<Address, Address, Address, int64_t, uint64_t>;
   m.def("noise_step", [](const Step& h, const std::vector<Parameter>& parameters, Address flat, DType dtype,
-                         Address key, int64_t step, int threads) {
+                         Address key, int64_t step, const StepShare& share, int threads) {
     std::vector<StepParameter> list;
     for (const auto& [p, state0, state1, n, offset] : parameters) list.push_back({p, {state0, state1}, n, offset});
     const Stream s = stream(key, Domain::noise, step);
     py::gil_scoped_release release;
-    with_step_type(dtype, [&](auto t) { noise_step(list, at<const decltype(t)>(flat), s, h, threads); });
+    with_step_type(dtype, [&](auto t) { noise_step(list, at<const decltype(t)>(flat), s, h, share, threads); });
   });
 }
 
@@ -194,6 +194,14 @@ void bind_steps(py::module_& m) {
            }),
            py::kw_only(), py::arg("std"), py::arg("scale"), py::arg("weight_decay"), py::arg("beta1"), py::arg("beta2"),
            py::arg("eps"), py::arg("keep"), py::arg("step_size"), py::arg("root"));
+  py::class_<StepShare>(m, "StepShare")
+      .def(py::init<>())
+      .def(py::init([](uint64_t begin, uint64_t end, int64_t sums, int64_t sums_apart, int64_t copies,
+                       int64_t copies_apart, int64_t first_copy) {
+             return StepShare{begin, end, sums, sums_apart, copies, copies_apart, first_copy};
+           }),
+           py::kw_only(), py::arg("begin"), py::arg("end"), py::arg("sums"), py::arg("sums_apart"), py::arg("copies"),
+           py::arg("copies_apart"), py::arg("first_copy"));
   bind_step<SgdStep>(m);
   bind_step<AdamStep>(m);
 }

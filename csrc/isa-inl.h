@@ -2,7 +2,7 @@
 // with that instruction set's flags; nothing of it may leak out, so it includes no header with inline functions of
 // its own beyond the C ones in common.h.
 #include "kernels.h"
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 

@@ -60,6 +60,12 @@ struct StepRange {
   T* state[2];  // momentum_buffer or null, null; or exp_avg, exp_avg_sq
   int64_t n;
   uint64_t first;
+  // Where several ranks share memory: how many sums are added up, in this order, each `sums_apart` elements after the
+  // one before; and how many copies of the parameter there are, from `copy` on. p is one of them, the others become as
+  // it.
+  int64_t sums = 1, sums_apart = 0;
+  T* copy = nullptr;
+  int64_t copies = 0, copies_apart = 0;
 };
 
 template <class T>

@@ -126,3 +126,27 @@ inline u32v rotate_left(u32v x) {
 #endif
   return (x << n) | (x >> (32 - n));
 }
+
+// Copies to memory that another core has read and will read next: past the caches, see csrc/comm/stream.h. Seen by
+// others after finish_stores.
+template <class T>
+inline void store_past_caches(T* to, const T* from, int64_t n) {
+  const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+  char* out = reinterpret_cast<char*>(to);
+  const char* in = reinterpret_cast<const char*>(from);
+  int64_t at = 0;
+#if defined(__SSE2__)
+  if (reinterpret_cast<uintptr_t>(out) % 16 == 0)
+    for (; at + 64 <= bytes; at += 64)
+      for (int64_t k = at; k < at + 64; k += 16)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + k),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + k)));
+#endif
+  if (at != bytes) std::memcpy(out + at, in + at, bytes - at);
+}
+
+inline void finish_stores() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}

@@ -86,13 +86,31 @@ inline void step_chunk(int64_t count, const float* z, const NoisedGradient& h, U
     update((sum[j] + std * static_cast<T>(z[j])) * scale + decay * p[j], p[j], state[j]...);
 }
 
+template <class T>
+inline void add_up(int64_t count, const T* x, int64_t sums, int64_t apart, T* __restrict__ total) {
+  for (int64_t j = 0; j < count; ++j) total[j] = x[j] + x[apart + j];
+  for (int64_t k = 2; k < sums; ++k)
+    for (int64_t j = 0; j < count; ++j) total[j] += x[k * apart + j];
+}
+
 // Calls update(gradient, p[i], state[i]...) for each element.
 template <class T, class Update, class... State>
 inline void noise_step(const StepRange<T>& r, const Stream& stream, const NoisedGradient& h, Update update,
                        State*... state) {
   for_each_chunk(r.n, stream, r.first, [=](int64_t i, int64_t count, const float* z) {
-    step_chunk(count, z, h, update, r.p + i, r.sum + i, (state + i)...);
+    alignas(64) T total[kChunk];
+    const T* sum = r.sum + i;
+    if (r.sums > 1) {
+      add_up(count, sum, r.sums, r.sums_apart, total);
+      sum = total;
+    }
+    step_chunk(count, z, h, update, r.p + i, sum, (state + i)...);
+    for (int64_t k = 0; k < r.copies; ++k) {
+      T* copy = r.copy + k * r.copies_apart;
+      if (copy != r.p) store_past_caches(copy + i, r.p + i, count);
+    }
   });
+  if (r.copies > 1) finish_stores();
 }
 
 template <class T>

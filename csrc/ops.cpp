@@ -108,21 +108,47 @@ void secure_noise(T* x, int64_t n, const Stream& stream, uint64_t first, double 
   });
 }
 
+namespace {
+
+// The part of the parameter that lies in [begin, end) of the flat buffer.
+template <class T>
+StepParameter clipped(const StepParameter& q, uint64_t begin, uint64_t end) {
+  const uint64_t from = std::clamp(begin, q.offset, q.offset + q.n), to = std::clamp(end, from, q.offset + q.n);
+  const auto at = [&](uintptr_t memory) { return memory == 0 ? 0 : memory + (from - q.offset) * sizeof(T); };
+  return {at(q.p), {at(q.state[0]), at(q.state[1])}, static_cast<int64_t>(to - from), from};
+}
+
+}  // namespace
+
 template <class T, class Step>
-void noise_step(const std::vector<StepParameter>& parameters, const T* flat, const Stream& stream, const Step& h,
-                int threads) {
+void noise_step(std::vector<StepParameter> parameters, const T* flat, const Stream& stream, const Step& h,
+                const StepShare& share, int threads) {
   const auto kernel = kernels().step(T{}).of(h);
   // All parameters in one parallel region: waking the team for each bias would cost more than its step.
   std::vector<int64_t> ends;  // of each parameter's parts
   int64_t parts = 0;
-  for (const StepParameter& q : parameters) ends.push_back(parts += noise_parts(q.n, q.offset));
+  for (StepParameter& q : parameters) {
+    q = clipped<T>(q, share.begin, share.end);
+    ends.push_back(parts += noise_parts(q.n, q.offset));
+  }
+  const auto elements = [](int64_t bytes) { return bytes / static_cast<int64_t>(sizeof(T)); };
   parallel_parts(threads, parts, [&](int64_t part) {
     const size_t which = std::upper_bound(ends.begin(), ends.end(), part) - ends.begin();
     const StepParameter& q = parameters[which];
     const Range r = noise_part(q.n, q.offset, part - (which == 0 ? 0 : ends[which - 1]));
     const auto at = [&](uintptr_t memory) { return memory == 0 ? nullptr : reinterpret_cast<T*>(memory) + r.begin; };
     const uint64_t first = q.offset + r.begin;
-    kernel({at(q.p), flat + first, {at(q.state[0]), at(q.state[1])}, r.count, first}, stream, h);
+    kernel({at(q.p),
+            flat + first,
+            {at(q.state[0]), at(q.state[1])},
+            r.count,
+            first,
+            share.sums,
+            elements(share.sums_apart),
+            at(q.p) + elements(share.first_copy),
+            share.copies,
+            elements(share.copies_apart)},
+           stream, h);
   });
 }
 
@@ -201,9 +227,11 @@ std::vector<int64_t> poisson_sample(int64_t n, double rate, const Stream& stream
 FASTDP_INSTANTIATE(float)
 FASTDP_INSTANTIATE(bf16)
 FASTDP_INSTANTIATE(double)
-template void noise_step(const std::vector<StepParameter>&, const float*, const Stream&, const SgdStep&, int);
-template void noise_step(const std::vector<StepParameter>&, const double*, const Stream&, const SgdStep&, int);
-template void noise_step(const std::vector<StepParameter>&, const float*, const Stream&, const AdamStep&, int);
-template void noise_step(const std::vector<StepParameter>&, const double*, const Stream&, const AdamStep&, int);
+#define FASTDP_INSTANTIATE_STEP(T, Step) \
+  template void noise_step(std::vector<StepParameter>, const T*, const Stream&, const Step&, const StepShare&, int);
+FASTDP_INSTANTIATE_STEP(float, SgdStep)
+FASTDP_INSTANTIATE_STEP(double, SgdStep)
+FASTDP_INSTANTIATE_STEP(float, AdamStep)
+FASTDP_INSTANTIATE_STEP(double, AdamStep)
 
 }  // namespace fastdp

@@ -108,10 +108,17 @@ struct StepParameter {
   uint64_t offset;
 };
 
-// one step, SgdStep or AdamStep, of each parameter on flat[offset + i] and N(offset + i)
+// Which part of the flat buffer this process steps, [begin, end), and what the ranks that it shares memory with have:
+// see StepRange; apart in bytes. first_copy: how far the first rank's copy of a parameter lies from this rank's own.
+struct StepShare {
+  uint64_t begin = 0, end = UINT64_MAX;
+  int64_t sums = 1, sums_apart = 0, copies = 0, copies_apart = 0, first_copy = 0;
+};
+
+// one step, SgdStep or AdamStep, of each parameter on flat[offset + i], the first rank's, and N(offset + i)
 template <class T, class Step>
-void noise_step(const std::vector<StepParameter>& parameters, const T* flat, const Stream& stream, const Step& h,
-                int threads);
+void noise_step(std::vector<StepParameter> parameters, const T* flat, const Stream& stream, const Step& h,
+                const StepShare& share, int threads);
 
 // A table whose rows lie in several parts, one after the other.
 struct Stack {

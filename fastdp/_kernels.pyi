@@ -1,4 +1,5 @@
 import enum
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +120,17 @@ def lstm_forward(dtype: DType, batch: int, n: int, tensors: list[tuple[int, int]
 def lstm_backward(dtype: DType, batch: int, n: int, tensors: list[tuple[int, int]], threads: int) -> None: ...
 def gaussian_noise(x: int, dtype: DType, n: int, std: float, key: int, step: int, first: int, threads: int) -> None: ...
 def secure_noise(x: int, dtype: DType, n: int, std: float, key: int, step: int, first: int, threads: int) -> None: ...
+
+class StepShare:
+    """Which part of the flat buffer is stepped, and what the ranks of a host have of it (csrc/ops.h); none: all."""
+
+    @overload
+    def __init__(self) -> None: ...
+    @overload
+    def __init__(
+        self, *, begin: int, end: int, sums: int, sums_apart: int, copies: int, copies_apart: int, first_copy: int
+    ) -> None: ...
+
 def noise_step(
     h: SgdStep | AdamStep,
     parameters: list[tuple[int, int, int, int, int]],  # address, two addresses of state or 0, length, offset
@@ -126,6 +138,7 @@ def noise_step(
     dtype: DType,
     key: int,
     step: int,
+    share: StepShare,
     threads: int,
 ) -> None: ...
 def poisson_sample(n: int, rate: float, key: int, step: int) -> npt.NDArray[np.int64]: ...

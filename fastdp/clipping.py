@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from fastdp import native, rules
 from fastdp.errors import ArgumentError, PrivacyError, require
-from fastdp.gradients import Norms, PerSample, Scratch, of_parameters, rows_in
+from fastdp.gradients import Norms, PerSample, Rows, Scratch, of_parameters, rows_in
 from fastdp.precision import without_autocast
 from fastdp.uses import Use
 
@@ -35,10 +35,15 @@ class Span:
     shape: torch.Size  # at make_private
     layer: str = ""  # name of the first module that owns it
     dtype: torch.dtype = torch.float32  # at make_private
+    is_table: bool = False  # of embeddings, and of nothing else: few of its rows have a gradient
 
     @functools.cached_property
     def numel(self) -> int:
         return self.shape.numel()
+
+
+def flat_numel(spans: Sequence[Span]) -> int:
+    return spans[-1].offset + spans[-1].numel
 
 
 class GradientSum:
@@ -47,7 +52,7 @@ class GradientSum:
     Guarantee: a record adds a vector of norm <= max_grad_norm to it, rounding included, whatever its gradient is.
     layer_bounds: name and bound of each layer that is clipped by itself, of which max_grad_norm is the root of the sum
     of squares; none: all layers are clipped together. gamma: automatic clipping's; None: clipping leaves gradients
-    within the bound as they are.
+    within the bound as they are. flat: zeros to be the buffer, where it shall lie in memory that ranks share.
     """
 
     def __init__(
@@ -56,12 +61,11 @@ class GradientSum:
         max_grad_norm: float,
         layer_bounds: Sequence[tuple[str, float]] = (),
         gamma: float | None = None,
+        flat: Tensor | None = None,
     ) -> None:
         self.spans = spans
         self.dtype = native.sum_dtype(spans[0].param.dtype)  # float32 for bfloat16, too
-        # One element more than the gradients: what travels with them over the ranks (`note`), without noise.
-        self.flat = torch.zeros(spans[-1].offset + spans[-1].numel + 1, dtype=self.dtype)
-        self.note = self.flat[-1]
+        self.flat = torch.zeros(flat_numel(spans), dtype=self.dtype) if flat is None else flat
         self.views: dict[Tensor, Tensor] = {
             s.param: self.flat[s.offset : s.offset + s.numel].view(s.param.shape) for s in spans
         }
@@ -72,6 +76,14 @@ class GradientSum:
         self._gamma = gamma
         self._rows = sum(rows_in(p) for p in self.views)
         self._scratch = Scratch(self.dtype)
+        self._rows_of_tables: dict[Tensor, list[Tensor]] = {s.param: [] for s in spans if s.is_table}
+
+    @property
+    def tables(self) -> dict[Span, Tensor]:
+        """The rows of each table of embeddings that this rank's records have used, ascending: its others are 0."""
+        rows = self._rows_of_tables
+        none = torch.empty(0, dtype=torch.int64)
+        return {s: torch.unique(torch.cat([none, *rows[s.param]])) for s in self.spans if s.is_table}
 
     def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float, add: bool) -> None:
         """Overwrite the buffer with the clipped sum over this rank's records, or add it to what is there.
@@ -96,9 +108,18 @@ class GradientSum:
         self.whole = False
         if not add:
             self._zero_unused(parts)
+            for used in self._rows_of_tables.values():
+                used.clear()
         for part in parts:
+            self._note_rows(part)
             part.add_to(self.views, *factors[group[part.p]], self._scratch, add)
         self.whole = True
+
+    def _note_rows(self, part: PerSample) -> None:
+        """Only where ranks sum tables row by row is it asked for: no copy is made of what the layers kept."""
+        used = self._rows_of_tables.get(part.p)
+        if used is not None:
+            used.append(part.index if isinstance(part, Rows) else torch.arange(rows_in(part.p)))
 
     def _factors(self, norms: list[Norms], scale: float, real_rows: int) -> list[tuple[Tensor, int]]:
         """Of each group, the records' factors, float64 [B], and how many of them are 0.
@@ -148,9 +169,12 @@ def spans_of(module: nn.Module, optimizer: Optimizer) -> list[Span]:
     rules.check(module)
     stepped = {p for group in optimizer.param_groups for p in group["params"]}
     layer: dict[Tensor, str] = {}
-    for name, _, slots in rules.owners(module):
+    elsewhere: set[Tensor] = set()  # used by what is no embedding
+    for name, owner, slots in rules.owners(module):
         for _, _, p in slots:
             layer.setdefault(p, name)
+            if not rules.is_embedding(owner):
+                elsewhere.add(p)
     spans, offset = [], 0
     for name, p in module.named_parameters():
         if not p.requires_grad:
@@ -158,7 +182,7 @@ def spans_of(module: nn.Module, optimizer: Optimizer) -> list[Span]:
         require(p in stepped, f"optimizer: parameter {name}", "absent", "in the optimizer, or not require a gradient")
         require(p.is_contiguous(), f"{name}.stride()", p.stride(), "contiguous")
         stepped.discard(p)
-        spans.append(Span(name, p, offset, p.shape, layer[p], p.dtype))
+        spans.append(Span(name, p, offset, p.shape, layer[p], p.dtype, p not in elsewhere))
         offset += math.ceil(p.numel() / ALIGNMENT) * ALIGNMENT
     if any(p.requires_grad for p in stepped):
         raise ArgumentError("optimizer", f"{len(stepped)} parameters", "parameters of the module only")

@@ -1,6 +1,8 @@
-"""Collectives between the ranks of an MPI job, our own on MPI point-to-point: sums by a ring or two trees.
+"""Collectives between the ranks of an MPI job: within a host by loads and stores in memory that its ranks share,
+between hosts by a ring or two trees on MPI point-to-point.
 
     comm = fastdp.comm.init()           # under mpirun; alone it has size 1
+    gradient = comm.empty(1_000_000)    # where the other ranks of this host reach it: the fastest to sum
     comm.all_reduce(gradient)           # in place; bitwise the same on all ranks and from run to run
 
 Importing this module neither loads nor initialises MPI; `init` does. No call hangs: ranks that disagree, stall
@@ -10,36 +12,35 @@ communicator is unusable, and so are the contents of the tensor passed to the ca
 
 from __future__ import annotations
 
-import atexit
 import math
 import os
 import pickle
-import platform
 import sys
 import time
+import warnings
+import weakref
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from fastdp.errors import ArgumentError, require
+from fastdp import costs, hosts, sparse, window
+from fastdp.errors import ArgumentError, CommError, require
 from fastdp.launch import load_mpi
+from fastdp.underway import Handle, UnderWay, increment_version, kept_for_late_peers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from mpi4py import MPI
 
     from fastdp import _mpi
+    from fastdp.clipping import Span
+    from fastdp.sharded import Sharded
 
 # Two receive buffers and the piece of the tensor they are added to stay in a second-level cache of 1 MiB.
 SEGMENT_BYTES = 256 * 1024
-# Below it "auto" takes the tree: on 2 ranks 5 to 17 % faster than the ring at 4 KiB, undecided from 16 KiB, 17 % slower
-# at 1 MiB (csrc/comm/tree.h). For more ranks only its steps speak for it: 2 log2 P instead of 2(P-1).
-TREE_BELOW_BYTES = 16 * 1024
 MAX_SEGMENT_BYTES = 1 << 30  # MPI counts are ints
-
-# What late peers may still read or write after a failure: kept until the process ends, on purpose.
-_kept_for_late_peers: list[object] = []
 
 
 def init(
@@ -48,13 +49,16 @@ def init(
     *,
     algorithm: str = "auto",
     segment_bytes: int = SEGMENT_BYTES,
+    shared_memory: bool = True,
 ) -> Communicator:
     """A communicator over the ranks of `mpi_comm` (mpi4py; None: COMM_WORLD). All of its ranks call this, once and not
     in a loop: each is a duplicate that stays, and MPI has about 2,000 of them.
 
     timeout: seconds that a rank waits with nothing arriving before it raises CommError.
-    algorithm: what all_reduce does when it is not told: "ring", "tree", "mpi" or "auto".
+    algorithm: what all_reduce does when it is not told: see there.
     segment_bytes: largest message; the same on all ranks.
+    shared_memory: whether the ranks of a host meet in memory; if not, or if the system refuses (a warning says so),
+        they send messages, too.
     Raises CommError when MPI cannot be loaded, or when mpi4py, the launcher and this package disagree about
     which MPI they are.
     """
@@ -79,7 +83,7 @@ def init(
         mpi_comm,
         "an mpi4py intracommunicator other than COMM_NULL",
     )
-    return Communicator(mpi_comm, timeout, algorithm, segment_bytes)
+    return Communicator(mpi_comm, timeout, algorithm, segment_bytes, shared_memory)
 
 
 class Communicator:
@@ -89,7 +93,9 @@ class Communicator:
     Collectives raise ArgumentError on the rank whose argument is bad, before anything is sent.
     """
 
-    def __init__(self, mpi_comm: MPI.Intracomm, timeout: float, algorithm: str, segment_bytes: int) -> None:
+    def __init__(
+        self, mpi_comm: MPI.Intracomm, timeout: float, algorithm: str, segment_bytes: int, shared_memory: bool
+    ) -> None:
         from fastdp import _mpi
 
         self.timeout = timeout
@@ -97,54 +103,150 @@ class Communicator:
         self.size = mpi_comm.Get_size()
         self._mpi_comm = mpi_comm
         self._algorithms = {name: code for code, name in enumerate(_mpi.algorithms)}
+        self._operations = {name: code for code, name in enumerate(_mpi.operations)}
         self.algorithm = self._known(algorithm)
         self._codes = {getattr(torch, name): code for code, name in enumerate(_mpi.dtypes)}
         self._summable = {dtype: self._codes[dtype] for dtype in (getattr(torch, n) for n in _mpi.summable_dtypes)}
         self._native: _mpi.Communicator | None = None
-        if self.size > 1:
-            try:
-                self._native = _mpi.Communicator(mpi_comm.py2f(), timeout, segment_bytes)
-            except BaseException:
-                _kept_for_late_peers.append(mpi_comm)
-                raise
-        hosts, cores = zip(*self.allgather_object((_host(), _cores())), strict=True)
-        self.local_rank = hosts[: self.rank].count(hosts[self.rank])
-        self.local_size = hosts.count(hosts[self.rank])
-        # The union: a launcher may have bound each rank to cores of its own.
-        local_cores = set().union(*(c for c, host in zip(cores, hosts, strict=True) if host == hosts[self.rank]))
-        if self._native is not None and len(local_cores) < self.local_size:
+        self._segments = 0
+        self._wish = False
+        self._sparse_sum = sparse.SparseSum(self)
+        self._costs = costs.Chooser(self, segment_bytes)
+        self._place = hosts.ALONE
+        self.shares_memory = False
+        self.meets_in_memory = False  # all ranks are on one host, and share memory
+        if self.size == 1:
+            return
+        try:
+            self._native = _mpi.Communicator(mpi_comm.py2f(), timeout, segment_bytes)
+        except BaseException:
+            kept_for_late_peers.append(mpi_comm)
+            raise
+        self._under_way = UnderWay(self._native)
+        self._place = hosts.find(self)
+        if self._place.crowded:
             self._native.share_cores()
+        if shared_memory:
+            self._share_memory()
+
+    def _share_memory(self) -> None:
+        assert self._native is not None
+        try:
+            window.join(self, self._native)
+        except CommError as refused:
+            if self._native.failure:
+                raise
+            if self.rank == 0:
+                text = f"fastdp.comm: no memory is shared between ranks, which send messages instead ({refused})"
+                warnings.warn(text, stacklevel=4)
+            return
+        self.shares_memory = True
+        if self.hosts == 1:
+            self.meets_in_memory = True
+            if self.algorithm in ("auto", "shared"):  # the usual call goes a shorter way, in csrc/comm/mpi_bindings.cpp
+                this: Callable[[], Any] = weakref.ref(self)  # or self would hold itself
+                self.all_reduce = self._native.shared_sum(  # type: ignore[method-assign]
+                    torch.Tensor,
+                    increment_version,
+                    lambda *args, **kwargs: Communicator.all_reduce(this(), *args, **kwargs),
+                    self._under_way.keep_after_failure,
+                )
+
+    @property
+    def host(self) -> list[int]:
+        """Of each rank, the number of its host, from 0."""
+        return self._place.host
+
+    @property
+    def hosts(self) -> int:
+        """How many there are."""
+        return max(self.host) + 1
+
+    @property
+    def local_rank(self) -> int:
+        return self._place.local_rank
+
+    @property
+    def local_size(self) -> int:
+        return self._place.local_size
 
     def __repr__(self) -> str:
         return f"<fastdp.comm.Communicator: rank {self.rank} of {self.size}, timeout {self.timeout} s>"
 
-    def all_reduce(self, x: torch.Tensor, algorithm: str | None = None) -> torch.Tensor:
-        """Sum `x` (contiguous, on the CPU; float32, float64 or int64) over the ranks, in place; returns x.
+    def empty(self, numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor [numel] of zeros in memory that the ranks of its host share, aligned to 64 bytes, its pages there.
 
-        algorithm: "ring" or "tree" (the order of summation depends on numel and size only, and differs between
-        them), "mpi" (MPI_Iallreduce; the order is the library's choice), or "auto": ring or tree, by numel, dtype
-        and size alone. None is what `init` was given.
+        All ranks call it with the same arguments. Each has a tensor of its own; the others touch it in collectives that
+        are given it. Its storage is no larger than itself. Where no memory is shared, an ordinary tensor.
+        Raises CommError on all ranks if there is not enough memory, or if they differ in the arguments.
         """
-        name = self._known(self.algorithm if algorithm is None else algorithm)
-        code = _dtype_code(x, self._summable)
-        if self._native is not None:
-            if name == "auto":
-                name = "tree" if x.numel() * x.itemsize < TREE_BELOW_BYTES else "ring"
-            self._in_place(self._native.all_reduce, x, code, self._algorithms[name])
-        return x
+        require(isinstance(numel, int) and numel >= 0, "numel", numel, "an int >= 0")
+        require(dtype in self._codes, "dtype", dtype, f"one of {', '.join(map(str, self._codes))}")
+        if not self.shares_memory:
+            return torch.zeros(numel, dtype=dtype)
+        self.meet("empty", numel, dtype)
+        return self.segment(numel * dtype.itemsize).tensor(numel, dtype)
 
-    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+    def segment(self, part_bytes: int) -> window.Segment:
+        """Memory for several tensors, which all ranks lay out alike. All ranks call it; only where memory is shared."""
+        assert self._native is not None
+        self._segments += 1
+        return window.Segment(self, self._native, self._segments, part_bytes)
+
+    def all_reduce(
+        self,
+        x: torch.Tensor,
+        algorithm: str | None = None,
+        *,
+        out: torch.Tensor | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        """Sum `x` (contiguous, on the CPU; float32, float64, bfloat16 or int64) over the ranks, in place or into `out`,
+        of its dtype and numel and not overlapping; returns where the sum is. bfloat16 is summed in float32.
+
+        algorithm: "shared", by loads and stores, on one host, in the order of ranks; directly where x (and out) is of
+            `empty` on all ranks, at the same place. "ring" or "tree", by messages (the order of summation depends on
+            numel and size only, and differs between them). "hierarchical", shared within each host and rings between
+            them. "mpi" (MPI_Iallreduce; the order is the library's choice). "auto": see `explain`. None is what `init`
+            was given.
+        async_op: return a Handle at once, and leave x and out alone until it says that it is done.
+        """
+        name = algorithm or self.algorithm
+        code = _dtype_code(x, self._summable)
+        if out is not None:
+            self._check_out(x, out)
+        into = x if out is None else out
+        if self._native is None:
+            self._known(name)
+            if out is not None:
+                out.detach().view(-1).copy_(x.detach().view(-1))
+            return Handle(None, 0, into) if async_op else into
+        numel = x.numel()
+        chosen = self._algorithms[self._costs.choose(numel * x.itemsize) if name == "auto" else self._known(name)]
+        operation = self._operations["all_reduce"]
+        return self._under_way.run(
+            self._native.start_sum, (operation, x.data_ptr(), into.data_ptr(), numel, code, chosen), into, x, async_op
+        )
+
+    def reduce_scatter(self, x: torch.Tensor, algorithm: str | None = None) -> torch.Tensor:
         """Sum `x` over the ranks and return this rank's slice of the sum, [numel / size]: a view of x, 1-d.
 
-        x: contiguous, on the CPU; float32, float64 or int64, of the same numel on all ranks. Its slices, flattened, are
-        those of `torch.tensor_split`: the first numel % size ranks get one element more. In place: what is outside
-        the slice holds partial sums afterwards, and `all_gather(slice, out=x)` makes x whole again without a copy.
-        Guarantee: bitwise the slice of `all_reduce(x, algorithm="ring")`.
+        x: as for `all_reduce`, of the same numel on all ranks. Its slices, flattened, are `torch.tensor_split`'s: the
+        first numel % size ranks get one element more. In place: what is outside the slice holds anything afterwards,
+        and `all_gather(slice, out=x)` makes x whole again without a copy.
+        algorithm: "shared" or "ring"; "auto", and what has no reduce-scatter, takes the first where there is one host.
+        Guarantee: bitwise the slice of `all_reduce` by the same algorithm.
         Raises CommError on every rank when ranks differ in numel, dtype or operation.
         """
         code = _dtype_code(x, self._summable)
+        name = self._known(self.algorithm if algorithm is None else algorithm)
         if self._native is not None:
-            self._in_place(self._native.reduce_scatter, x, code)
+            if name not in ("shared", "ring"):
+                name = "shared" if self.meets_in_memory else "ring"
+            address = x.data_ptr()
+            operation = self._operations["reduce_scatter"]
+            arguments = (operation, address, address, x.numel(), code, self._algorithms[name])
+            self._under_way.run(self._native.start_sum, arguments, x)
         part, rest = divmod(x.numel(), self.size)
         begin = self.rank * part + min(self.rank, rest)
         return x.detach().view(-1)[begin : begin + part + (self.rank < rest)]
@@ -175,9 +277,62 @@ class Communicator:
             return kept[-1].data_ptr()
 
         numel = -1 if out is None else out.numel()
-        self._keeping(kept, self._native.all_gather, part.data_ptr(), part.numel(), code, numel, result)
-        torch.autograd.graph.increment_version(kept[-1])
+        self._under_way.run(self._native.start_all_gather, (part.data_ptr(), part.numel(), code, numel, result), kept)
+        increment_version((kept[-1],))
         return kept[-1]
+
+    def sparse_all_reduce(
+        self, indices: torch.Tensor, values: torch.Tensor, numel: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum over ranks of tables of `numel` rows that are zero but for values [K, width] (float32 or float64) in
+        rows indices [K] (int64, in any order; rows that come twice are added up): the indices of all rows that any
+        rank has, ascending, and their sums. K may differ between ranks and be 0; width and numel may not.
+
+        Exact: what `all_reduce` of the tables gives, but for the order of sums, which is that of ranks; the same bits
+        on all ranks. Source: Zhao & Canny 2013.
+        """
+        return self._sparse_sum(indices, values, numel)
+
+    def shard(self, optimizer: torch.optim.Optimizer, spans: Sequence[Span]) -> Sharded:
+        """The parameters of `optimizer`, at `spans`, and a flat buffer for their gradients, to be stepped by
+        `reduce_noise_step`. All ranks call it with parameters that are equal."""
+        from fastdp.sharded import Sharded
+
+        return Sharded(self, optimizer, spans)
+
+    def reduce_noise_step(
+        self,
+        sharded: Sharded,
+        *,
+        noise_std: float,
+        batch_size: int,
+        key: torch.Tensor,
+        step: int,
+        tables: Mapping[Span, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        """One DP-SGD step on the sum over ranks of `sharded.flat`: noise of standard deviation noise_std, once, then
+        1 / batch_size, then the optimizer. Each rank of a host does it for a slice, in one pass over memory, and gives
+        the result to the others: afterwards all hold the same parameters. The noise is bitwise that of
+        `ops.gaussian_noise_` on the flat buffer, for any number of ranks and hosts.
+
+        tables: of parameters of two dimensions, the rows, int64, outside which this rank's gradient is 0: between hosts
+        only those travel. All ranks name the same ones.
+
+        Raises CommError on every rank when ranks disagree, stall or die; ArgumentError where the optimizer's state is
+        not what it made itself, and then this communicator fails on the others.
+        """
+        native = self._native
+        assert native is not None
+        sharded.prepare()
+        if self.hosts > 1:
+            sparse.sum_flat(self, sharded.flat, tables)
+        self.meet("reduce_noise_step", sharded.flat.numel(), sharded.dtype)
+        try:
+            sharded.step(noise_std, batch_size, key, step)
+        except BaseException as error:
+            native.fail(f"reduce_noise_step on rank {self.rank}: {type(error).__name__}: {error}")
+            raise
+        self.meet("barrier")
 
     def _known(self, algorithm: str) -> str:
         if algorithm != "auto" and algorithm not in self._algorithms:
@@ -189,13 +344,25 @@ class Communicator:
         self._check_root(root)
         code = _dtype_code(x, self._codes)
         if self._native is not None:
-            self._in_place(self._native.broadcast, x, code, root)
+            self._under_way.run(self._native.start_broadcast, (x.data_ptr(), x.numel(), code, root), x)
         return x
+
+    def wish(self, value: bool) -> None:
+        """Say "stop", for example, with this rank's next collectives: all ranks learn of it by `wished` after each. It
+        travels in their headers, and costs nothing."""
+        if self._native is not None:
+            self._native.set_note(value)
+        else:
+            self._wish = value
+
+    @property
+    def wished(self) -> bool:
+        """Whether any rank wished it in the last collective that has ended; the same on all ranks."""
+        return self._wish if self._native is None else self._native.noted
 
     def barrier(self) -> None:
         """Return when all ranks have called it."""
-        if self._native is not None:
-            self._keeping(None, self._native.barrier)
+        self.meet("barrier")
 
     def bcast_object(self, obj: Any, root: int = 0) -> Any:
         """What `root` passed, on every rank. By pickle: ranks trust each other. Not for inner loops."""
@@ -210,7 +377,13 @@ class Communicator:
 
     def allgather_object(self, obj: Any) -> list[Any]:
         """What each rank passed, in order of rank, on every rank."""
-        return [self.bcast_object(obj, root) for root in range(self.size)]
+        if self.size == 1:
+            return [obj]
+        data = pickle.dumps(obj)
+        lengths = self.all_gather(torch.tensor([len(data)])).tolist()
+        together = bytes(self.all_gather(torch.frombuffer(bytearray(data), dtype=torch.uint8)).numpy())
+        ends = [sum(lengths[: rank + 1]) for rank in range(self.size)]
+        return [pickle.loads(together[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
     def abort(self, code: int = 1) -> NoReturn:
         """End all ranks at once with exit status `code`; does not return."""
@@ -220,18 +393,25 @@ class Communicator:
         self._mpi_comm.Abort(code)
         os._exit(code)  # MPICH's Abort may return while the launcher is still at work, and the caller would go on
 
-    def _in_place(self, collective: Callable[..., None], x: torch.Tensor, *codes: int) -> None:
-        self._keeping(x, collective, x.data_ptr(), x.numel(), *codes)
-        torch.autograd.graph.increment_version(x)  # or autograd would use a saved tensor that has changed
+    def explain(self, nbytes: int) -> str:
+        """What "auto" takes for an all-reduce of so many bytes, and the seconds that it and the others are expected to
+        take. All ranks call it: the first time, costs may have to be measured (some tenths of a second)."""
+        require(isinstance(nbytes, int) and nbytes >= 0, "nbytes", nbytes, "an int >= 0")
+        return self._costs.explain(nbytes)
 
-    def _keeping(self, memory: object, collective: Callable[..., None], *arguments: Any) -> None:
-        try:
-            collective(*arguments)
-        except BaseException:
-            native = self._native
-            if native is not None and native.failure and native.pending and self not in _kept_for_late_peers:
-                _kept_for_late_peers.extend((self, memory))
-            raise
+    def meet(self, operation: str, count: int = 0, dtype: torch.dtype = torch.float32, width: int = 0) -> None:
+        """Return when all ranks have called this with the same arguments; CommError on all if they differ."""
+        if self._native is not None:
+            arguments = (self._operations[operation], count, self._codes[dtype], width)
+            self._under_way.run(self._native.start_meeting, arguments, None)
+
+    def _check_out(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        _dtype_code(out, self._summable, "out")
+        require(out.dtype == x.dtype, "out.dtype", out.dtype, f"that of x, {x.dtype}")
+        require(out.numel() == x.numel(), "out.numel()", out.numel(), f"{x.numel()}, that of x")
+        begin, other, nbytes = x.data_ptr(), out.data_ptr(), x.nbytes
+        apart = nbytes == 0 or begin == other or begin + nbytes <= other or other + nbytes <= begin
+        require(apart, "out", "overlaps x", "x itself, or apart from it")
 
     def _check_root(self, root: int) -> None:
         require(isinstance(root, int) and 0 <= root < self.size, "root", root, f"a rank in [0, {self.size - 1}]")
@@ -248,36 +428,3 @@ def _dtype_code(x: torch.Tensor, codes: dict[torch.dtype, int], name: str = "x")
     require(x.is_cpu, f"{name}.device", str(x.device), "cpu")
     require(x.layout is torch.strided, f"{name}.layout", x.layout, "torch.strided")
     raise ArgumentError(f"{name}.stride()", x.stride(), f"that of a contiguous tensor of shape {tuple(x.shape)}")
-
-
-def _host() -> tuple[str, str]:
-    """Names the machine. Containers with names of their own count as hosts: they need not share memory."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot_id = file.read().strip()
-    except OSError:  # not Linux
-        boot_id = ""
-    return platform.node(), boot_id
-
-
-def _cores() -> set[int]:
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
-@atexit.register
-def _end_unfinished() -> None:
-    """MPI_Finalize waits for peers, who may not come after a collective that never ended: end the job.
-
-    The second of sleep is for peers that entered that collective a little later: they too shall report it.
-    """
-    if not _kept_for_late_peers:
-        return
-    from mpi4py import MPI
-
-    if not MPI.Is_finalized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(1.0)
-        MPI.COMM_WORLD.Abort(1)

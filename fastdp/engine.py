@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fastdp import accounting, layers, ledger, watch
-from fastdp.clipping import GradientSum, Span, spans_of
+from fastdp import accounting, layers, ledger, native, sharded, watch
+from fastdp.clipping import GradientSum, Span, flat_numel, spans_of
 from fastdp.comm import Communicator
 from fastdp.errors import ArgumentError, CommError, PrivacyError, require
 from fastdp.launch import launched_ranks
@@ -277,7 +277,14 @@ class PrivacyEngine:
             return probe.watch(batch, rows)
 
         loader.on_batch = on_batch
-        gradient = GradientSum(spans, plan.max_grad_norm, plan.layer_bounds, plan.gamma)
+        shared, flat = None, None
+        if comm is not None and size > 1:
+            if not plan.secure_mode and sharded.is_possible(comm, optimizer, spans):
+                shared = comm.shard(optimizer, spans)
+                flat = shared.flat
+            else:
+                flat = comm.empty(flat_numel(spans), native.sum_dtype(spans[0].dtype))
+        gradient = GradientSum(spans, plan.max_grad_norm, plan.layer_bounds, plan.gamma, flat)
         recorder.settle = lambda use: use.settle(gradient.views, max(loader.rows, 1), gradient.dtype)
         private = PrivateOptimizer(
             optimizer,
@@ -290,6 +297,7 @@ class PrivacyEngine:
             key=key,
             loss_is_mean=loss_reduction == "mean",
             comm=comm if size > 1 else None,
+            sharded=shared,
         )
         self.plan = plan
         return module, private, loader

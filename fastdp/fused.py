@@ -6,7 +6,7 @@ schedulers and state_dict work as without fastdp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ BUFFERS = {SGD: ("momentum_buffer",), Adam: ("exp_avg", "exp_avg_sq"), AdamW: ("
 
 # Address, two buffers' addresses (or 0), length, offset in the flat buffer.
 Parameter = tuple[int, int, int, int, int]
+NewState = Callable[[Tensor, str], Tensor]
 Step = tuple[_kernels.SgdStep | _kernels.AdamStep, list[Parameter]]
 
 
@@ -40,21 +41,35 @@ def _needs_torch(inner: Optimizer, group: dict[str, Any]) -> bool:
     return any(isinstance(x, Tensor) for x in tensors)
 
 
-def steps(inner: Optimizer, spans: Mapping[nn.Parameter, Span], std: float, batch_size: int) -> list[Step]:
+def buffers(inner: Optimizer) -> tuple[str, ...]:
+    """Names of the state that `steps` needs now."""
+    needed = type(inner) is not SGD or any(group["momentum"] != 0 for group in inner.param_groups)
+    return BUFFERS[type(inner)] if needed else ()
+
+
+def steps(
+    inner: Optimizer,
+    spans: Mapping[nn.Parameter, Span],
+    std: float,
+    batch_size: int,
+    new_state: NewState | None = None,
+) -> list[Step]:
     """What the kernels must do for `inner.step()` on the noised sum / batch_size; state is made and counted here.
 
+    new_state: makes the zeros that a parameter's state of that name begins as.
     Raises ArgumentError before anything is changed.
     """
     sgd = type(inner) is SGD
+    new_state = new_state or _zeros
     for p, s in spans.items():
-        _check_state(inner, p, s.name)
+        check_state(inner, p, s.name)
     out: list[Step] = []
     for group in inner.param_groups:
         # Parameters of one group whose formula differs go apart: the first step of momentum, other steps of Adam.
         parts: dict[float, list[Parameter]] = {}
         for p in group["params"]:
             if p in spans:  # else frozen
-                which, *buffers = (_sgd_state if sgd else _adam_state)(inner, group, p)
+                which, *buffers = (_sgd_state if sgd else _adam_state)(inner, group, p, new_state)
                 s = spans[p]
                 parts.setdefault(which, []).append((p.data_ptr(), *buffers, s.numel, s.offset))
         scale = (-1.0 if group["maximize"] else 1.0) / batch_size
@@ -66,7 +81,7 @@ def steps(inner: Optimizer, spans: Mapping[nn.Parameter, Span], std: float, batc
     return out
 
 
-def _check_state(inner: Optimizer, p: Tensor, name: str) -> None:
+def check_state(inner: Optimizer, p: Tensor, name: str) -> None:
     state = inner.state.get(p)
     if not state:
         return
@@ -83,18 +98,18 @@ def _check_state(inner: Optimizer, p: Tensor, name: str) -> None:
         raise ArgumentError(f"step of {name}", t, "a tensor of one number")
 
 
-def _zeros(p: Tensor) -> Tensor:
+def _zeros(p: Tensor, name: str) -> Tensor:
     return torch.zeros_like(p, memory_format=torch.contiguous_format)
 
 
-def _sgd_state(inner: Optimizer, group: dict[str, Any], p: Tensor) -> tuple[float, int, int]:
+def _sgd_state(inner: Optimizer, group: dict[str, Any], p: Tensor, new_state: NewState) -> tuple[float, int, int]:
     """Whether the momentum buffer holds nothing yet, and the buffers' addresses."""
     if group["momentum"] == 0:
         return True, 0, 0
     state = inner.state[p]
     first = state.get("momentum_buffer") is None
     if first:
-        state["momentum_buffer"] = _zeros(p)
+        state["momentum_buffer"] = new_state(p, "momentum_buffer")
     return first, state["momentum_buffer"].data_ptr(), 0
 
 
@@ -111,14 +126,14 @@ def _sgd_step(group: dict[str, Any], first: float, std: float, scale: float) -> 
     )
 
 
-def _adam_state(inner: Optimizer, group: dict[str, Any], p: Tensor) -> tuple[float, int, int]:
+def _adam_state(inner: Optimizer, group: dict[str, Any], p: Tensor, new_state: NewState) -> tuple[float, int, int]:
     """The number of this step, from 1, and the buffers' addresses."""
     state = inner.state[p]
     if not state:
         # torch counts in float64 where that is the default dtype, unless its own fused kernel counts.
         wide = torch.get_default_dtype() == torch.float64 and not group["fused"]
         state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
-        state["exp_avg"], state["exp_avg_sq"] = _zeros(p), _zeros(p)
+        state["exp_avg"], state["exp_avg_sq"] = new_state(p, "exp_avg"), new_state(p, "exp_avg_sq")
     state["step"] += 1
     return state["step"].item(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr()
 

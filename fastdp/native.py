@@ -20,6 +20,8 @@ MAX_OFFSET = 16 * 2**48
 MAX_RECORDS = 4 * 2**48
 MAX_SECURE_OFFSET = MAX_OFFSET // 4  # secure noise takes four normals a value, each from a quarter of the stream
 
+ALL = _kernels.StepShare()
+
 DTYPES = {
     torch.float32: _kernels.DType.f32,
     torch.bfloat16: _kernels.DType.bf16,
@@ -275,13 +277,16 @@ def noise_step(
     flat: Tensor,
     key: Tensor,
     step: int,
+    share: _kernels.StepShare = ALL,
+    first_sum: int = 0,
 ) -> None:
-    """One step of each parameter on the noised sum in `flat`.
+    """One step of each parameter on the noised sum in `flat`, or of a share of them for all ranks of this host.
 
     parameters: (address, two addresses of state or 0, length, offset in `flat`) of each, of flat's dtype.
+    first_sum: where the first rank has what this rank has at flat's address.
     """
-    threads = torch.get_num_threads()
-    _kernels.noise_step(h, parameters, flat.data_ptr(), DTYPES[flat.dtype], key.data_ptr(), step, threads)
+    threads, sums = torch.get_num_threads(), first_sum or flat.data_ptr()
+    _kernels.noise_step(h, parameters, sums, DTYPES[flat.dtype], key.data_ptr(), step, share, threads)
 
 
 def poisson_sample(n: int, rate: float, key: Tensor, step: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from fastdp import fused, native
+from fastdp import fused, native, sparse
 from fastdp.accounting import Ledger
 from fastdp.clipping import GradientSum
 from fastdp.comm import Communicator
@@ -20,6 +20,7 @@ from fastdp.probe import Probe
 from fastdp.profile import Profile
 from fastdp.sampling import PrivateLoader
 from fastdp.secret import SecretKey
+from fastdp.sharded import Sharded
 
 
 class PrivateOptimizer(Optimizer):
@@ -42,6 +43,7 @@ class PrivateOptimizer(Optimizer):
         key: SecretKey,
         loss_is_mean: bool,
         comm: Communicator | None,
+        sharded: Sharded | None = None,
     ) -> None:
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
@@ -65,7 +67,7 @@ class PrivateOptimizer(Optimizer):
             if p is not None
         ]
         self._recorder, self._probe, self._loader = recorder, probe, loader
-        self._key, self._loss_is_mean, self._comm = key, loss_is_mean, comm
+        self._key, self._loss_is_mean, self._comm, self._sharded = key, loss_is_mean, comm, sharded
 
     def _share_state(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
@@ -139,12 +141,7 @@ class PrivateOptimizer(Optimizer):
         step, self.steps = self.steps, self.steps + 1
         if self.profile is not None:
             self.profile.wait()
-        self._sum_over_ranks()
-        self._mark("reduce")
-        if self._one_dtype and fused.is_fused(self.inner) and not self.plan.secure_mode:
-            self._noise_and_step(step)
-        else:
-            self._noise_then_inner(step)
+        self._step(step)
 
         self._mark("step")
         self.inner._opt_called = True  # type: ignore[attr-defined]  # what schedulers made before make_private look at
@@ -157,14 +154,33 @@ class PrivateOptimizer(Optimizer):
         """On one rank, say in a signal handler: after its next step, `asked_to_stop` is True on all ranks."""
         self._wants_to_stop = True
 
-    def _sum_over_ranks(self) -> None:
-        """The wish to stop travels with the gradients, so that all ranks learn of it at the same step."""
-        if self._comm is None:
-            self.asked_to_stop = self._wants_to_stop
-            return
-        self.gradient.note.fill_(self._wants_to_stop)
-        self._comm.all_reduce(self.gradient.flat)
-        self.asked_to_stop = bool(self.gradient.note)
+    def _step(self, step: int) -> None:
+        """The sum over ranks, noise and the optimizer's step, in one pass where it can be.
+
+        The wish to stop travels with the gradients, so that all ranks learn of it at the same step.
+        """
+        plan, comm = self.plan, self._comm
+        is_fused = self._one_dtype and fused.is_fused(self.inner) and not plan.secure_mode
+        if comm is not None:
+            comm.wish(self._wants_to_stop)
+        if comm is not None and is_fused and self._sharded is not None:
+            comm.reduce_noise_step(
+                self._sharded,
+                noise_std=plan.noise_std,
+                batch_size=plan.batch_size,
+                key=self._key.tensor(),
+                step=step,
+                tables=self.gradient.tables if comm.hosts > 1 else {},
+            )
+            torch.autograd.graph.increment_version(list(self._spans))
+        else:
+            if comm is not None:
+                if self._sharded is not None:
+                    self._sharded.leave()
+                sparse.sum_flat(comm, self.gradient.flat, self.gradient.tables)
+                self._mark("reduce")
+            (self._noise_and_step if is_fused else self._noise_then_inner)(step)
+        self.asked_to_stop = self._wants_to_stop if comm is None else comm.wished
 
     def _record(self) -> None:
         plan = self.plan

@@ -89,7 +89,7 @@ class Options:
     "How epsilon is computed; both are upper bounds, pld is tighter."
     shuffle: bool = False
     "Shuffled batches instead of Poisson samples: no amplification by sampling is claimed."
-    all_reduce: Literal["auto", "ring", "tree", "mpi"] = "auto"
+    all_reduce: Literal["auto", "ring", "tree", "shared", "hierarchical", "mpi"] = "auto"
     "Algorithm that sums gradients over ranks."
     timeout: float = 60.0
     "Seconds that a rank waits for the others before it gives up with an error."

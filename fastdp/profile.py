@@ -11,6 +11,7 @@ from typing import IO, Final
 from fastdp.comm import Communicator
 from fastdp.disk import write_whole
 
+# "reduce": the sum over ranks, but where they share memory: there it is a part of "step".
 PHASES: Final = ("data", "forward", "backward", "clip", "ledger", "idle", "reduce", "step", "evaluation", "checkpoint")
 NOTICE: Final = "PRIVATE: not covered by epsilon; timings depend on the sizes of batches"
 

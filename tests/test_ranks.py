@@ -28,6 +28,15 @@ def test_parameters_are_equal_to_rounding(facts: dict[int, dict], ranks: int) ->
     assert ((many - one).abs().max() / one.abs().max()).item() < 1e-5
 
 
+@pytest.mark.parametrize("algorithm", ["ring", "mpi"])
+def test_batches_and_noise_do_not_depend_on_the_algorithm(facts: dict[int, dict], algorithm: str) -> None:
+    other = json.loads(launch.run("training.py", algorithm, ranks=3))
+    for fact in ("batches", "noise", "epsilon"):
+        assert other[fact] == facts[1][fact]
+    one, many = (torch.tensor(of["parameters"], dtype=torch.float64) for of in (facts[1], other))
+    assert ((many - one).abs().max() / one.abs().max()).item() < 1e-5
+
+
 @pytest.mark.parametrize("clipping", ["per_layer", "automatic"])
 def test_modes_of_clipping_train_alike_on_two_ranks(facts: dict[int, dict], clipping: str) -> None:
     one, two = (json.loads(launch.run("training.py", clipping, ranks=ranks)) for ranks in (1, 2))
@@ -62,3 +71,13 @@ def test_ranks_with_different_plans_are_found_at_start() -> None:
 
 def test_ranks_agree_without_a_seed() -> None:
     assert launch.run("unseeded.py", ranks=2).count("equal: rank") == 2
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_step_taken_together_is_the_step_of_torch(ranks: int) -> None:
+    assert launch.run("sharded.py", ranks=ranks).count("done: rank") == ranks
+
+
+def test_what_is_wrong_on_one_rank_ends_the_step_on_all() -> None:
+    result = launch.start("sharded.py", "failure", ranks=3, timeout=60)
+    assert result.stdout.count("done: rank") == 3, result.stdout + result.stderr

@@ -125,7 +125,10 @@ def test_profiles_are_private(watched: Path) -> None:
     assert profile["notice"].startswith("PRIVATE")
     ranks = profile["seconds of ranks"]
     assert len(ranks) == 2 and ranks[1].pop("checkpoint") == 0.0
-    assert all(seconds > 0 for rank in ranks for phase, seconds in rank.items() if phase != "checkpoint")
+    # The sum is a part of the step where ranks share memory.
+    assert all(
+        seconds > 0 for rank in ranks for phase, seconds in rank.items() if phase not in ("checkpoint", "reduce")
+    )
     assert sum(ranks[0].values()) == pytest.approx(sum(ranks[1].values()), rel=0.2)
     assert (private / "profile.png").read_bytes().startswith(b"\x89PNG")
 

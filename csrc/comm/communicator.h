@@ -4,99 +4,166 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "broadcast.h"
 #include "header.h"
+#include "hosts.h"
 #include "ring.h"
+#include "segments.h"
+#include "shared.h"
 #include "transport.h"
 #include "tree.h"
 #include "wait.h"
+#include "widened.h"
 
 namespace fastdp::comm {
 
-// The collectives over one transport. After the first failure every call fails with the first reason: ranks no longer
-// agree on what comes next.
+// The collectives of some ranks. They run one after the other, in the order in which they were started, whenever this
+// rank asks about one. After the first failure every call fails with the first reason: ranks no longer agree on what
+// comes next.
 class Communicator {
  public:
   Communicator(std::unique_ptr<Transport> transport, WaitPolicy policy, std::size_t segment_bytes)
       : transport_(std::move(transport)),
-        policy_(std::move(policy)),
+        signals_(std::move(policy.check)),
+        policy_{policy.timeout_seconds, [this] { check_peers(); }, std::move(policy.let_go), policy.yield_for},
         segment_bytes_(segment_bytes),
         buffers_(std::make_unique<Buffers>(transport_->size(), segment_bytes)) {}
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
 
   ~Communicator() {
-    if (pending()) abandon();
+    if (transport_->outstanding() > 0) abandon();
   }
 
-  // data [count], in place
-  void all_reduce(void* data, std::size_t count, DType dtype, Algorithm algorithm) {
-    Header header = header_of(Operation::all_reduce, count, dtype);
-    header.algorithm = algorithm;
-    collective(header, [&](Wait& wait) {
-      if (algorithm == Algorithm::mpi) return library_all_reduce(wait, data, count, dtype);
-      as_numbers(data, dtype, [&](auto* numbers) {
-        if (algorithm == Algorithm::tree) {
-          tree_all_reduce(*transport_, wait, numbers, count, scratch(numbers), segment_bytes_ / sizeof *numbers);
-        } else {
-          ring_steps(wait, Operation::all_reduce, numbers, even_chunks(count, size()));
-        }
-      });
-    });
+  // From now on the ranks of this host meet in `memory`, and the hosts are known. Between collectives, on all ranks.
+  void join(std::unique_ptr<Hosts> hosts) { hosts_ = std::move(hosts); }
+
+  // Sums data [count] over the ranks into out, which is data or does not overlap it: all of it, or for a reduce_scatter
+  // this rank's chunk (even_chunks), and then the other chunks are left with anything.
+  std::int64_t start_sum(Operation operation, void* data, void* out, std::size_t count, DType dtype,
+                         Algorithm algorithm) {
+    const Header header = sum_header(operation, data, out, count, dtype, algorithm);
+    return start(
+        header,
+        [=, this] {
+          return as_numbers(dtype, [&](auto number) {
+            using T = decltype(number);
+            T *x = static_cast<T*>(data), *into = static_cast<T*>(out);
+            if (algorithm == Algorithm::shared) return shared_sum(running_.front().header, x, into);
+            return sum_work(operation, x, into, count, dtype, algorithm);
+          });
+        },
+        header.algorithm == Algorithm::shared && operation == Operation::all_reduce ? data : nullptr);
   }
 
-  // data [count], in place: afterwards this rank's chunk (even_chunks) is the sum, the others are partial sums.
-  void reduce_scatter(void* data, std::size_t count, DType dtype) {
-    collective(header_of(Operation::reduce_scatter, count, dtype), [&](Wait& wait) {
-      as_numbers(data, dtype, [&](auto* numbers) {
-        ring_steps(wait, Operation::reduce_scatter, numbers, even_chunks(count, size()));
+  // An all-reduce by loads and stores, at once: the same as start_sum and wait, without what makes those wait their
+  // turn.
+  void sum_shared(void* data, void* out, std::size_t count, DType dtype) {
+    const Busy busy(*this);
+    while (!running_.empty()) wait_for(sequence_);
+    Header header = sum_header(Operation::all_reduce, data, out, count, dtype, Algorithm::shared);
+    header.sequence = ++sequence_;
+    failing(header, [&] {
+      Wait wait(policy_);
+      RollCall roll = roll_call(header, data);
+      wait.finish(roll);
+      if (const auto differ = compare(header)) wait.finish(*differ);
+      as_numbers(dtype, [&](auto number) {
+        using T = decltype(number);
+        const auto work = shared_sum(header, static_cast<T*>(data), static_cast<T*>(out));
+        if (work != nullptr) wait.finish(*work);
       });
     });
+    finished_ = sequence_;
   }
 
   // part [count], which may lie in the result. `result` maps the elements of all parts to where they go, [elements],
   // which outlives the transport's requests if this throws. out: how many it has room for, -1 for as many as needed.
-  void all_gather(const void* part, std::size_t count, DType dtype, std::int64_t out,
-                  const std::function<void*(std::size_t)>& result) {
+  std::int64_t start_all_gather(const void* part, std::size_t count, DType dtype, std::int64_t out,
+                                std::function<void*(std::size_t)> result) {
     Header header = header_of(Operation::all_gather, count, dtype);
     header.out = out;
-    collective(header, [&](Wait& wait) {
+    return start(header, [=, this] {
       std::vector<std::size_t> begins{0};  // bytes
-      for (const Header& each : buffers_->headers.headers)
+      for (const Header& each : buffers_->headers)
         begins.push_back(begins.back() + static_cast<std::size_t>(each.count) * item_bytes(dtype));
       auto* bytes = static_cast<std::uint8_t*>(result(begins.back() / item_bytes(dtype)));
       if (count > 0) std::memmove(bytes + begins[rank()], part, count * item_bytes(dtype));
-      ring_steps(wait, Operation::all_gather, bytes, begins);
+      return move_work(bytes, std::move(begins));
     });
   }
 
   // data [count]: from `root` to the others
-  void broadcast(void* data, std::size_t count, DType dtype, int root) {
+  std::int64_t start_broadcast(void* data, std::size_t count, DType dtype, int root) {
     Header header = header_of(Operation::broadcast, count, dtype);
     header.root = root;
-    collective(header, [&](Wait& wait) {
-      tree_broadcast(*transport_, wait, static_cast<std::byte*>(data), count * item_bytes(dtype), root, segment_bytes_);
+    return start(header, [=, this]() -> std::unique_ptr<Work> {
+      const std::size_t bytes = count * item_bytes(dtype);
+      if (!single_host())
+        return std::make_unique<TreeBroadcast>(*transport_, static_cast<std::byte*>(data), bytes, root, segment_bytes_);
+      std::vector<std::size_t> parts(size() + 1, 0);
+      std::fill(parts.begin() + root + 1, parts.end(), bytes);
+      return move_work(static_cast<std::uint8_t*>(data), std::move(parts));
     });
   }
 
-  void barrier() {
-    collective(header_of(Operation::barrier, 0, DType::float32), [](Wait&) {});
+  // Nothing but the headers: a barrier, or what comes before and after the ranks touch each other's memory by
+  // themselves.
+  std::int64_t start_meeting(Operation operation, std::size_t count, DType dtype, std::int64_t width) {
+    Header header = header_of(operation, count, dtype);
+    header.root = width;
+    return start(header, [] { return nullptr; });
+  }
+
+  // Whether the collective of that number has ended.
+  bool test(std::int64_t sequence) {
+    const Busy busy(*this);
+    while (finished_ < sequence && advance()) {
+    }
+    if (finished_ >= sequence) return true;
+    failing(running_.front().header, [&] { wait_->check_deadline(running_.front().work); });
+    if (policy_.yield_for.count() == 0) sched_yield();  // those who are waited for may need this core
+    return false;
+  }
+
+  void wait(std::int64_t sequence) {
+    const Busy busy(*this);
+    wait_for(sequence);
+  }
+
+  // This rank gives up: the others are told, where they can be, and no call succeeds any more.
+  void fail(const std::string& reason) {
+    if (!failure_.empty()) return;
+    failure_ = reason;
+    if (hosts_ != nullptr) hosts_->team().give_up(reason);
   }
 
   // Ranks outnumber the cores that they may use.
   void share_cores() { policy_.yield_for = {}; }
 
+  // A wish that travels with this rank's next collectives, and whether any rank had it in the last one that ended.
+  void set_note(bool note) { note_ = note; }
+  bool noted() const { return noted_; }
+
   int rank() const { return transport_->rank(); }
   int size() const { return transport_->size(); }
+  bool single_host() const { return hosts_ != nullptr && hosts_->single(); }
+  Transport& transport() { return *transport_; }
+  Segments& segments() { return segments_; }
   // Empty, or why this communicator is unusable.
   const std::string& failure() const { return failure_; }
-  // Whether memory passed to a failed collective may still be read or written by a late peer.
-  bool pending() const { return transport_->outstanding() > 0; }
+  // Whether MPI may wait for a rank that is gone, or memory passed to a failed collective be read or written by a late
+  // one.
+  bool pending() const { return peers_missing_ || transport_->outstanding() > 0; }
 
  private:
   struct Buffers {
@@ -108,82 +175,283 @@ class Communicator {
     Buffers(const Buffers&) = delete;
     Buffers& operator=(const Buffers&) = delete;
     static constexpr std::size_t kCacheLine = 64;
-    HeaderBuffers headers;
-    std::byte* scratch;  // [kTrees * kReceiveBuffers * segment_bytes]; the ring leaves half of it untouched
+    std::vector<Header> headers;  // [size], own one included
+    std::byte* scratch;           // [kTrees * kReceiveBuffers * segment_bytes]; the ring leaves half of it untouched
+  };
+
+  struct Running {
+    Header header;
+    InTurn work;
+  };
+
+  // One thread at a time, and no signal handler in the middle of a collective.
+  class Busy {
+   public:
+    explicit Busy(Communicator& of) : flag_(of.busy_) {
+      if (flag_.test_and_set())
+        throw Failure("this communicator is in use by another thread or by the caller of this signal handler");
+      if (of.failure_.empty()) return;
+      flag_.clear();
+      throw Failure("this communicator failed before: " + of.failure_);
+    }
+    ~Busy() { flag_.clear(); }
+    Busy(const Busy&) = delete;
+
+   private:
+    std::atomic_flag& flag_;
   };
 
   // MPI has no safe way to take back a send, so after a failure the memory of requests in flight is leaked on purpose,
   // at most kTrees * kReceiveBuffers segments per failed communicator. The caller's tensor is kept alive by
   // fastdp/comm.py.
-  void abandon() { static_cast<void>(buffers_.release()); }
+  void abandon() {
+    static_cast<void>(buffers_.release());
+    static_cast<void>(new std::deque<Running>(std::move(running_)));
+  }
 
-  Header header_of(Operation operation, std::size_t count, DType dtype) {
+  Header header_of(Operation operation, std::size_t count, DType dtype) const {
     Header header;
     header.operation = operation;
     header.count = static_cast<std::int64_t>(count);
     header.dtype = dtype;
     header.segment_bytes = static_cast<std::int64_t>(segment_bytes_);
+    header.note = note_;
     return header;
   }
 
-  template <class Body>
-  void collective(Header header, Body body) {
-    if (busy_.test_and_set())
-      throw Failure("this communicator is in use by another thread or by the caller of this signal handler");
-    struct Release {
-      std::atomic_flag& flag;
-      ~Release() { flag.clear(); }
-    } release{busy_};
-    if (!failure_.empty()) throw Failure("this communicator failed before: " + failure_);
+  // data: of an all-reduce by loads and stores, else null
+  std::int64_t start(Header header, InTurn::Make body, const void* data = nullptr) {
+    const Busy busy(*this);
+    if (header.algorithm == Algorithm::shared && header.operation <= Operation::reduce_scatter && !single_host())
+      throw Failure("algorithm \"shared\" is for ranks that share memory");
     header.sequence = ++sequence_;
+    const auto roll = [this, header, data]() -> std::unique_ptr<Work> {
+      if (single_host()) return std::make_unique<RollCall>(roll_call(header, data));
+      return std::make_unique<HeaderExchange>(*transport_, header, buffers_->headers);
+    };
+    const auto compare = [this, header]() -> std::unique_ptr<Work> {
+      if (single_host()) return this->compare(header);
+      read_headers();
+      return nullptr;
+    };
+    running_.push_back({header, InTurn({roll, compare, std::move(body)})});
+    return sequence_;
+  }
+
+  Header sum_header(Operation operation, const void* data, const void* out, std::size_t count, DType dtype,
+                    Algorithm algorithm) {
+    Header header = header_of(operation, count, dtype);
+    header.algorithm = algorithm;
+    header.place = segments_.place_of(data);
+    header.out_place = out == data ? header.place : segments_.place_of(out);
+    return header;
+  }
+
+  Team::Call call_of(const Header& header) const {
+    // The note is the lowest bit of what is alike but for it.
+    return {(header.digest() & ~std::uint64_t{1}) | static_cast<std::uint64_t>(header.note), header.place.packed(),
+            header.out_place.packed()};
+  }
+
+  // data: of an all-reduce, left in this rank's letter where that may be all that is needed; else null.
+  RollCall roll_call(const Header& header, const void* data) {
+    Team& team = hosts_->team();
+    const Team::Call call = call_of(header);
+    const std::size_t bytes = static_cast<std::size_t>(header.count) * item_bytes(header.dtype);
+    if (data != nullptr && Team::fits_letter(bytes, call.in_segment()))
+      std::memcpy(team.letter(team.rank(), header.sequence).data, data, bytes);
+    return {team, header.sequence, call};
+  }
+
+  void wait_for(std::int64_t sequence) {
+    while (finished_ < sequence)
+      if (!advance()) failing(running_.front().header, [&] { wait_->pause(running_.front().work); });
+  }
+
+  // Takes the first of those that run further; whether it moved.
+  bool advance() {
+    Running& first = running_.front();
+    if (!wait_) wait_.emplace(policy_);
+    bool moved = false;
+    failing(first.header, [&] {
+      moved = first.work.advance();
+      if (moved) wait_->progressed();
+    });
+    if (!first.work.done()) return moved;
+    finished_ = first.header.sequence;
+    running_.pop_front();
+    wait_.reset();
+    return true;
+  }
+
+  // Whatever goes wrong in `body` is the end of this communicator.
+  template <class Body>
+  void failing(const Header& header, Body body) {
     try {
-      Wait wait(policy_);
-      exchange_headers(*transport_, wait, header, buffers_->headers);
-      require_same(buffers_->headers.headers);
-      body(wait);
+      body();
     } catch (const Failure& failure) {
-      throw Failure(failure_ = describe(header) + " on rank " + std::to_string(rank()) + " of " +
-                               std::to_string(size()) + ": " + failure.what());
+      peers_missing_ = failure.peers == Failure::Peers::missing;
+      const std::string text = describe(header) + " on rank " + std::to_string(rank()) + " of " +
+                               std::to_string(size()) + ": " + failure.what() +
+                               (hosts_ != nullptr && peers_missing_ ? hosts_->team().stopped() : "");
+      fail(text);
+      throw Failure(text, failure.peers);
     } catch (...) {
-      failure_ = describe(header) + " on rank " + std::to_string(rank()) + ": interrupted by a signal";
+      peers_missing_ = true;
+      fail(describe(header) + " on rank " + std::to_string(rank()) + ": interrupted by a signal");
       throw;
     }
   }
 
+  void check_peers() {
+    signals_();
+    if (hosts_ != nullptr) hosts_->team().check();
+  }
+
+  // After the roll call: whether all called the same. If not, or if all need to know what the others said (parts of an
+  // all-gather), they exchange their headers.
+  std::unique_ptr<Work> compare(const Header& mine) {
+    Team& team = hosts_->team();
+    team.check_given_up();
+    constexpr std::uint64_t note = 1;
+    std::uint64_t differ = 0, notes = 0;
+    for (int rank = 0; rank < team.size(); ++rank) {
+      const std::uint64_t theirs = team.call(rank, mine.sequence).digest;
+      differ |= theirs ^ mine.digest();
+      notes |= theirs;
+    }
+    noted_ = (notes & note) != 0;
+    if ((differ & ~note) == 0 && mine.operation != Operation::all_gather) return nullptr;
+    const auto tell = [this, mine]() -> std::unique_ptr<Work> {
+      Team& team = hosts_->team();
+      std::memcpy(team.letter(team.rank(), mine.sequence).data, &mine, sizeof mine);
+      return std::make_unique<Meeting>(team);
+    };
+    const auto read = [this, mine]() -> std::unique_ptr<Work> {
+      const Team& team = hosts_->team();
+      for (int rank = 0; rank < team.size(); ++rank)
+        std::memcpy(&buffers_->headers[rank], team.letter(rank, mine.sequence).data, sizeof mine);
+      require_same(buffers_->headers);
+      return nullptr;
+    };
+    return std::make_unique<InTurn>(std::vector<InTurn::Make>{tell, read});
+  }
+
+  void read_headers() {
+    require_same(buffers_->headers);
+    noted_ = false;
+    for (const Header& header : buffers_->headers) noted_ = noted_ || header.note != 0;
+  }
+
   template <class Body>
-  static void as_numbers(void* data, DType dtype, Body body) {
+  static auto as_numbers(DType dtype, Body body) -> decltype(body(0.0F)) {
     switch (dtype) {
-      case DType::float32: return body(static_cast<float*>(data));
-      case DType::float64: return body(static_cast<double*>(data));
-      case DType::int64: return body(static_cast<std::int64_t*>(data));
+      case DType::float32: return body(0.0F);
+      case DType::float64: return body(0.0);
+      case DType::int64: return body(std::int64_t{0});
+      case DType::bfloat16: return body(bf16{});
       default: throw Failure("this dtype cannot be summed");
     }
   }
 
   template <class T>
-  T* scratch(T*) {
+  T* scratch() {
     return reinterpret_cast<T*>(buffers_->scratch);
   }
 
   template <class T>
-  void ring_steps(Wait& wait, Operation operation, T* data, const std::vector<std::size_t>& chunks) {
-    ring(*transport_, wait, operation, data, chunks, scratch(data), segment_bytes_ / sizeof(T));
-  }
-
-  void library_all_reduce(Wait& wait, void* data, std::size_t count, DType dtype) {
-    const std::size_t block = kMaxMessageBytes / item_bytes(dtype);
-    for (std::size_t begin = 0; begin < count; begin += block) {
-      auto request = transport_->all_reduce(static_cast<std::byte*>(data) + begin * item_bytes(dtype),
-                                            std::min(block, count - begin), dtype);
-      complete(*transport_, wait, request, [] { return std::string("MPI_Iallreduce did not complete"); });
+  std::unique_ptr<Work> sum_work(Operation operation, T* x, T* out, std::size_t count, DType dtype,
+                                 Algorithm algorithm) {
+    if (out != x) std::memcpy(out, x, count * sizeof(T));
+    if constexpr (std::is_same_v<T, bf16>) {
+      return std::make_unique<Widened>(out, count, [=, this](float* wide) {
+        return message_sum(operation, wide, count, DType::float32, algorithm);
+      });
+    } else {
+      return message_sum(operation, out, count, dtype, algorithm);
     }
   }
 
+  // Once all headers are known. Null: it is done already.
+  template <class T>
+  std::unique_ptr<Work> shared_sum(const Header& mine, T* x, T* out) {
+    Team& team = hosts_->team();
+    const auto count = static_cast<std::size_t>(mine.count);
+    if (mine.operation == Operation::all_reduce) {
+      const T* in[Team::kMaxRanks];
+      T* outs[Team::kMaxRanks];
+      bool letters = true, direct = true;
+      for (int rank = 0; rank < size(); ++rank) {
+        const bool in_segment = team.call(rank, mine.sequence).in_segment();
+        letters = letters && Team::fits_letter(count * sizeof(T), in_segment);
+        direct = direct && in_segment;
+        in[rank] = reinterpret_cast<const T*>(team.letter(rank, mine.sequence).data);
+      }
+      if (letters) {
+        sum_ranks(in, size(), &out, 1, count);
+        return nullptr;
+      }
+      if (direct) {
+        for (int rank = 0; rank < size(); ++rank) {
+          const Team::Call& call = team.call(rank, mine.sequence);
+          in[rank] = segments_.template at<T>(Place::unpacked(call.place), rank);
+          outs[rank] = segments_.template at<T>(Place::unpacked(call.out_place), rank);
+        }
+        return std::make_unique<DirectSum<T>>(team, in, outs, count);
+      }
+    }
+    if (out != x) std::memcpy(out, x, count * sizeof(T));
+    return std::make_unique<Staged<T>>(team, mine.operation, out, even_chunks(count, size()));
+  }
+
+  template <class T>
+  std::unique_ptr<Work> message_sum(Operation operation, T* x, std::size_t count, DType dtype, Algorithm algorithm) {
+    const std::size_t segment = segment_bytes_ / sizeof(T);
+    if (operation == Operation::all_reduce) {
+      if (algorithm == Algorithm::mpi) return library_all_reduce(x, count, dtype);
+      if (algorithm == Algorithm::tree)
+        return std::make_unique<TreeAllReduce<T>>(*transport_, x, count, scratch<T>(), segment);
+      if (algorithm == Algorithm::hierarchical) {
+        if (hosts_ == nullptr) throw Failure("algorithm \"hierarchical\" is for ranks that share memory on each host");
+        return hosts_->all_reduce(x, count, scratch<T>(), segment);
+      }
+    }
+    return std::make_unique<Ring<T>>(*transport_, operation, x, even_chunks(count, size()), scratch<T>(), segment);
+  }
+
+  // parts [begins]: each rank's part to all others.
+  std::unique_ptr<Work> move_work(std::uint8_t* bytes, std::vector<std::size_t> begins) {
+    if (single_host())
+      return std::make_unique<Staged<std::uint8_t>>(hosts_->team(), Operation::all_gather, bytes, std::move(begins));
+    return std::make_unique<Ring<std::uint8_t>>(*transport_, Operation::all_gather, bytes, std::move(begins),
+                                                scratch<std::uint8_t>(), segment_bytes_);
+  }
+
+  std::unique_ptr<Work> library_all_reduce(void* data, std::size_t count, DType dtype) {
+    const std::size_t block = kMaxMessageBytes / item_bytes(dtype);
+    std::vector<InTurn::Make> blocks;
+    for (std::size_t begin = 0; begin < count; begin += block)
+      blocks.push_back([=, this]() -> std::unique_ptr<Work> {
+        library_request_ = transport_->all_reduce(static_cast<std::byte*>(data) + begin * item_bytes(dtype),
+                                                  std::min(block, count - begin), dtype);
+        return std::make_unique<Pending>(*transport_, library_request_,
+                                         [] { return std::string("MPI_Iallreduce did not complete"); });
+      });
+    return std::make_unique<InTurn>(std::move(blocks));
+  }
+
   std::unique_ptr<Transport> transport_;
+  std::function<void()> signals_;
   WaitPolicy policy_;
   std::size_t segment_bytes_;
   std::unique_ptr<Buffers> buffers_;
-  std::int64_t sequence_ = 0;
+  std::unique_ptr<Hosts> hosts_;
+  Segments segments_;
+  std::deque<Running> running_;
+  std::optional<Wait> wait_;  // for the first of them
+  Transport::Request library_request_{};
+  std::int64_t sequence_ = 0, finished_ = 0;  // last that was started, last that ended
+  bool note_ = false, noted_ = false, peers_missing_ = false;
   std::string failure_;
   std::atomic_flag busy_;
 };

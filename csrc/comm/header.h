@@ -7,9 +7,21 @@
 #include <vector>
 
 #include "transport.h"
-#include "wait.h"
+#include "work.h"
 
 namespace fastdp::comm {
+
+// Where a tensor lies in memory that the ranks of a host share; the same for those who can take the direct way.
+struct Place {
+  std::int64_t segment = -1;  // -1: in memory of its own
+  std::int64_t offset = 0;    // bytes, in each rank's part of the segment
+
+  // -1 where there is none; parts are below 2^47 bytes, and segments few.
+  std::int64_t packed() const { return segment < 0 ? -1 : segment << 47 | offset; }
+  static Place unpacked(std::int64_t word) {
+    return word < 0 ? Place{} : Place{word >> 47, word & ((std::int64_t{1} << 47) - 1)};
+  }
+};
 
 // What one rank calls. Ranks compare these before any data is touched: a mismatch is an error on every rank.
 struct Header {
@@ -19,10 +31,27 @@ struct Header {
   DType dtype{};
   std::int64_t count = 0;  // elements; of all_gather, in this rank's part
   std::int64_t out = -1;   // elements of all_gather's result where the caller brought memory for it
-  std::int64_t root = 0;
+  std::int64_t root = 0;   // or the width of a sparse_all_reduce, whose count is the rows of the table
   std::int64_t segment_bytes = 0;
+  // These may differ.
+  Place place, out_place;
+  std::int64_t note = 0;  // this rank's wish, of which all learn (Communicator::noted)
 
-  bool operator==(const Header&) const = default;
+  // 64 bits that differ where same_call does.
+  std::uint64_t digest() const {
+    std::uint64_t mixed = 0;
+    for (const auto field : {sequence, static_cast<std::int64_t>(operation), static_cast<std::int64_t>(algorithm),
+                             static_cast<std::int64_t>(dtype), count, out, root, segment_bytes}) {
+      mixed = (mixed ^ static_cast<std::uint64_t>(field)) * 0x9e3779b97f4a7c15;
+      mixed ^= mixed >> 32;
+    }
+    return mixed;
+  }
+  bool same_call(const Header& other) const {
+    return sequence == other.sequence && operation == other.operation && algorithm == other.algorithm &&
+           dtype == other.dtype && count == other.count && out == other.out && root == other.root &&
+           segment_bytes == other.segment_bytes;
+  }
 };
 
 inline std::string describe(const Header& header) {
@@ -33,9 +62,10 @@ inline std::string describe(const Header& header) {
   std::string text = name(header.operation, kOperationNames) + "(";
   if (header.operation != Operation::barrier) {
     text += "count=" + std::to_string(header.count) + ", dtype=" + name(header.dtype, kDTypeNames) + ", ";
-    if (header.operation == Operation::all_reduce)
+    if (header.operation == Operation::all_reduce || header.operation == Operation::reduce_scatter)
       text += "algorithm=" + name(header.algorithm, kAlgorithmNames) + ", ";
     if (header.out >= 0) text += "out=" + std::to_string(header.out) + ", ";
+    if (header.operation == Operation::sparse) text += "width=" + std::to_string(header.root) + ", ";
     if (header.operation == Operation::broadcast) text += "root=" + std::to_string(header.root) + ", ";
   }
   return text + "segment_bytes=" + std::to_string(header.segment_bytes) + ") as collective " +
@@ -53,47 +83,57 @@ inline std::string list_ranks(std::span<const int> ranks) {
   return text;
 }
 
-// Memory of an exchange in flight; outlives the requests (see Communicator::abandon).
-struct HeaderBuffers {
-  explicit HeaderBuffers(int size) : headers(size), sends(size), receives(size), arrived(size), sent(size) {}
-  std::vector<Header> headers;  // [size], own one included
-  std::vector<Transport::Request> sends, receives;
-  std::vector<char> arrived, sent;
-};
-
-// An all-gather of 64 bytes by direct messages: P-1 eager sends cost less than MPI_Iallgather's schedule on one host,
+// An all-gather of headers by direct messages: P-1 eager sends cost less than MPI_Iallgather's schedule on one host,
 // and a timeout can name the ranks that are missing. Nobody leaves before everybody has entered: also a barrier.
-inline void exchange_headers(Transport& transport, Wait& wait, const Header& mine, HeaderBuffers& buffers) {
-  const int size = transport.size(), rank = transport.rank();
-  buffers.headers[rank] = mine;
-  for (int peer = 0; peer < size; ++peer) {
-    buffers.arrived[peer] = buffers.sent[peer] = peer == rank;
-    if (peer == rank) continue;
-    buffers.receives[peer] =
-        transport.receive(&buffers.headers[peer], sizeof(Header), peer, Transport::Channel::header);
-  }
-  for (int step = 1; step < size; ++step) {  // each rank starts with another peer
-    const int peer = (rank + step) % size;
-    buffers.sends[peer] = transport.send(&buffers.headers[rank], sizeof(Header), peer, Transport::Channel::header);
-  }
-  for (int missing = 2 * (size - 1); missing > 0;) {
-    const int before = missing;
+class HeaderExchange final : public Work {
+ public:
+  // headers [size] must outlive the transport's requests if this is given up.
+  HeaderExchange(Transport& transport, const Header& mine, std::vector<Header>& headers)
+      : transport_(transport),
+        headers_(headers),
+        sends_(headers.size()),
+        receives_(headers.size()),
+        arrived_(headers.size()),
+        sent_(headers.size()),
+        missing_(2 * (headers.size() - 1)) {
+    const int size = transport.size(), rank = transport.rank();
+    headers_[rank] = mine;
     for (int peer = 0; peer < size; ++peer) {
-      if (!buffers.arrived[peer] && transport.test(buffers.receives[peer])) buffers.arrived[peer] = 1, --missing;
-      if (!buffers.sent[peer] && transport.test(buffers.sends[peer])) buffers.sent[peer] = 1, --missing;
+      arrived_[peer] = sent_[peer] = peer == rank;
+      if (peer != rank)
+        receives_[peer] = transport.receive(&headers_[peer], sizeof(Header), peer, Transport::Channel::header);
     }
-    if (missing < before) {
-      wait.progressed();
-      continue;
+    for (int step = 1; step < size; ++step) {  // each rank starts with another peer
+      const int peer = (rank + step) % size;
+      sends_[peer] = transport.send(&headers_[rank], sizeof(Header), peer, Transport::Channel::header);
     }
-    wait.pause([&] {
-      std::vector<int> absent;
-      for (int peer = 0; peer < size; ++peer)
-        if (!buffers.arrived[peer] || !buffers.sent[peer]) absent.push_back(peer);
-      return list_ranks(absent) + " did not call it";
-    });
   }
-}
+
+  bool done() const override { return missing_ == 0; }
+
+  bool advance() override {
+    const std::size_t before = missing_;
+    for (std::size_t peer = 0; peer < headers_.size(); ++peer) {
+      if (!arrived_[peer] && transport_.test(receives_[peer])) arrived_[peer] = 1, --missing_;
+      if (!sent_[peer] && transport_.test(sends_[peer])) sent_[peer] = 1, --missing_;
+    }
+    return missing_ < before;
+  }
+
+  std::string missing() const override {
+    std::vector<int> absent;
+    for (std::size_t peer = 0; peer < headers_.size(); ++peer)
+      if (!arrived_[peer] || !sent_[peer]) absent.push_back(transport_.name(static_cast<int>(peer)));
+    return list_ranks(absent) + " did not call it";
+  }
+
+ private:
+  Transport& transport_;
+  std::vector<Header>& headers_;
+  std::vector<Transport::Request> sends_, receives_;
+  std::vector<char> arrived_, sent_;
+  std::size_t missing_;
+};
 
 // Throws the same text on every rank, since every rank compares the same list.
 inline void require_same(std::span<const Header> headers) {
@@ -102,7 +142,7 @@ inline void require_same(std::span<const Header> headers) {
     if (header.operation == Operation::all_gather) header.count = 0, header.out = -1;
     return header;
   };
-  const auto alike = [&](const Header& header) { return shared(header) == shared(headers[0]); };
+  const auto alike = [&](const Header& header) { return shared(header).same_call(shared(headers[0])); };
   std::string text = "ranks disagree: ";
   if (std::ranges::all_of(headers, alike)) {
     std::int64_t total = 0;
@@ -116,7 +156,7 @@ inline void require_same(std::span<const Header> headers) {
     if (told[i]) continue;
     std::vector<int> same;
     for (std::size_t j = i; j < headers.size(); ++j)
-      if (headers[j] == headers[i]) told[j] = 1, same.push_back(static_cast<int>(j));
+      if (headers[j].same_call(headers[i])) told[j] = 1, same.push_back(static_cast<int>(j));
     if (i) text += "; ";
     text += list_ranks(same) + " called " + describe(headers[i]);
   }

@@ -38,7 +38,9 @@ if(fastdp_mpi_link_options)
   set_target_properties(MPI::MPI_CXX PROPERTIES INTERFACE_LINK_OPTIONS "${fastdp_mpi_link_options}")
 endif()
 
-pybind11_add_module(_mpi MODULE NO_EXTRAS csrc/comm/mpi_bindings.cpp)
+pybind11_add_module(_mpi MODULE NO_EXTRAS csrc/comm/mpi_bindings.cpp csrc/comm/sum.cpp)
+# GCC 12 vectorises at -O3 only with the unlimited cost model when trip counts are unknown.
+set_source_files_properties(csrc/comm/sum.cpp PROPERTIES COMPILE_OPTIONS "-O3")
 target_link_libraries(_mpi PRIVATE fastdp_flags MPI::MPI_CXX)
 set_target_properties(_mpi PROPERTIES INSTALL_RPATH "${fastdp_mpi_rpath}")
 install(TARGETS _mpi DESTINATION fastdp)

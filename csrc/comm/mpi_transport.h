@@ -33,8 +33,9 @@ class MpiTransport final : public Transport {
     check_mpi(MPI_Comm_idup(of, duplicate.get(), &request), "MPI_Comm_idup");
     ++outstanding_;
     Request handle = pack(request);
+    Pending pending(*this, handle, [] { return std::string("not all ranks called fastdp.comm.init"); });
     try {
-      complete(*this, wait, handle, [] { return std::string("not all ranks called fastdp.comm.init"); });
+      wait.finish(pending);
     } catch (...) {
       static_cast<void>(duplicate.release());
       throw;

@@ -5,11 +5,12 @@
 #include <cstddef>
 #include <span>
 #include <string>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "sum.h"
 #include "transport.h"
-#include "wait.h"
+#include "work.h"
 
 namespace fastdp::comm {
 
@@ -44,6 +45,7 @@ class SegmentStream {
         reducing_steps_(reducing_steps),
         segment_(segment) {}
 
+  int first() const { return first_; }
   std::size_t segments_in(int steps) const {
     std::size_t total = 0;
     for (int step = 0; step < steps; ++step) total += segments_of(chunk_in(step));
@@ -68,78 +70,92 @@ class SegmentStream {
   std::size_t index_ = 0;  // of the next segment within the chunk of step_
 };
 
-template <class T>
-void add(T* __restrict sum, const T* __restrict x, std::size_t count) {
-  // Integers wrap, as they do in MPI and in torch; signed overflow would be undefined.
-  using U = typename std::conditional_t<std::is_integral_v<T>, std::make_unsigned<T>, std::type_identity<T>>::type;
-  for (std::size_t i = 0; i < count; ++i) sum[i] = static_cast<T>(static_cast<U>(sum[i]) + static_cast<U>(x[i]));
-}
-
 // Two: one segment arrives while the one before is added.
 inline constexpr std::size_t kReceiveBuffers = 2;
 // Enough that a neighbour which was descheduled finds work when it returns; more only hold more requests.
 inline constexpr std::size_t kSendsInFlight = 4;
 
 // The steps that make up `operation`: all_reduce, reduce_scatter or all_gather. data [chunks.back()] in place; scratch
-// [kReceiveBuffers * segment], unused by all_gather. Both must outlive the transport's requests if this throws.
+// [kReceiveBuffers * segment], unused by all_gather. Both must outlive the transport's requests if it is given up.
 template <class T>
-void ring(Transport& transport, Wait& wait, Operation operation, T* data, std::span<const std::size_t> chunks,
-          T* scratch, std::size_t segment) {
-  const int ranks = transport.size(), rank = transport.rank();
-  const int next = (rank + 1) % ranks, previous = (rank + ranks - 1) % ranks;
-  constexpr auto channel = Transport::Channel::data;
-  const int reducing_steps = operation == Operation::all_gather ? 0 : ranks - 1;
-  const int steps = reducing_steps + (operation == Operation::reduce_scatter ? 0 : ranks - 1);
-  const int first = reducing_steps ? previous : rank;
+class Ring final : public Work {
+ public:
+  Ring(Transport& transport, Operation operation, T* data, std::vector<std::size_t> chunks, T* scratch,
+       std::size_t segment)
+      : transport_(transport),
+        data_(data),
+        scratch_(scratch),
+        segment_(segment),
+        chunks_(std::move(chunks)),
+        next_((transport.rank() + 1) % transport.size()),
+        previous_((transport.rank() + transport.size() - 1) % transport.size()),
+        reducing_steps_(operation == Operation::all_gather ? 0 : transport.size() - 1),
+        to_send_(chunks_, reducing_steps_ ? previous_ : transport.rank(), reducing_steps_, segment),
+        to_post_(chunks_, (to_send_.first() + transport.size() - 1) % transport.size(), reducing_steps_, segment),
+        to_use_(to_post_) {
+    const int steps = reducing_steps_ + (operation == Operation::reduce_scatter ? 0 : transport.size() - 1);
+    total_sends_ = to_send_.segments_in(steps);
+    total_receives_ = to_post_.segments_in(steps);
+    reducing_ = to_post_.segments_in(reducing_steps_);
+    own_ = to_send_.segments_in(1);
+  }
+  Ring(const Ring&) = delete;  // the streams look at chunks_
+  Ring& operator=(const Ring&) = delete;
 
-  SegmentStream to_send(chunks, first, reducing_steps, segment);
-  SegmentStream to_post(chunks, (first + ranks - 1) % ranks, reducing_steps, segment);
-  SegmentStream to_use = to_post;
-  const std::size_t total_sends = to_send.segments_in(steps);
-  const std::size_t total_receives = to_post.segments_in(steps);
-  const std::size_t reducing = to_post.segments_in(reducing_steps);
-  const std::size_t own = to_send.segments_in(1);
+  bool done() const override { return received_ == total_receives_ && sent_ == total_sends_; }
 
-  std::array<Transport::Request, kReceiveBuffers> receives{};
-  std::array<Transport::Request, kSendsInFlight> sends{};
-  std::size_t posted = 0, received = 0, started = 0, sent = 0;
+  bool advance() override {
+    post();
+    bool moved = false;
+    if (received_ < posted_ && transport_.test(receives_[received_ % kReceiveBuffers])) {
+      const auto [begin, length, reduce] = to_use_.next();
+      if (reduce) add(data_ + begin, scratch_ + received_ % kReceiveBuffers * segment_, length);
+      ++received_;
+      moved = true;
+    }
+    if (sent_ < started_ && transport_.test(sends_[sent_ % kSendsInFlight])) {
+      ++sent_;
+      moved = true;
+    }
+    return moved;
+  }
 
-  while (received < total_receives || sent < total_sends) {
-    while (posted < total_receives && posted - received < kReceiveBuffers) {
+  std::string missing() const override {
+    if (received_ < posted_)
+      return "rank " + std::to_string(transport_.name(previous_)) + " sent nothing (segment " +
+             std::to_string(received_) + " of " + std::to_string(total_receives_) +
+             "; it may itself be waiting for another rank)";
+    return "rank " + std::to_string(transport_.name(next_)) + " took nothing (segment " + std::to_string(sent_) +
+           " of " + std::to_string(total_sends_) + ")";
+  }
+
+ private:
+  void post() {
+    constexpr auto channel = Transport::Channel::data;
+    while (posted_ < total_receives_ && posted_ - received_ < kReceiveBuffers) {
       // After a reduce-scatter, the all-gather's n-th segment overwrites what the n-th send reads: chunks r-1, r-2, ...
-      if (reducing_steps && posted >= reducing && sent <= posted - reducing) break;
-      const auto [begin, length, reduce] = to_post.next();
-      T* into = reduce ? scratch + posted % kReceiveBuffers * segment : data + begin;
-      receives[posted++ % kReceiveBuffers] = transport.receive(into, length * sizeof(T), previous, channel);
+      if (reducing_steps_ && posted_ >= reducing_ && sent_ <= posted_ - reducing_) break;
+      const auto [begin, length, reduce] = to_post_.next();
+      T* into = reduce ? scratch_ + posted_ % kReceiveBuffers * segment_ : data_ + begin;
+      receives_[posted_++ % kReceiveBuffers] = transport_.receive(into, length * sizeof(T), previous_, channel);
     }
     // After the first chunk, what is sent is what has been received, in the same order.
-    while (started < total_sends && started - sent < kSendsInFlight && started < own + received) {
-      const auto [begin, length, reduce] = to_send.next();
-      sends[started++ % kSendsInFlight] = transport.send(data + begin, length * sizeof(T), next, channel);
-    }
-    bool progress = false;
-    if (received < posted && transport.test(receives[received % kReceiveBuffers])) {
-      const auto [begin, length, reduce] = to_use.next();
-      if (reduce) add(data + begin, scratch + received % kReceiveBuffers * segment, length);
-      ++received;
-      progress = true;
-    }
-    if (sent < started && transport.test(sends[sent % kSendsInFlight])) {
-      ++sent;
-      progress = true;
-    }
-    if (progress) {
-      wait.progressed();
-    } else {
-      wait.pause([&] {
-        return received < posted
-                   ? "rank " + std::to_string(previous) + " sent nothing (segment " + std::to_string(received) +
-                         " of " + std::to_string(total_receives) + "; it may itself be waiting for another rank)"
-                   : "rank " + std::to_string(next) + " took nothing (segment " + std::to_string(sent) + " of " +
-                         std::to_string(total_sends) + ")";
-      });
+    while (started_ < total_sends_ && started_ - sent_ < kSendsInFlight && started_ < own_ + received_) {
+      const auto [begin, length, reduce] = to_send_.next();
+      sends_[started_++ % kSendsInFlight] = transport_.send(data_ + begin, length * sizeof(T), next_, channel);
     }
   }
-}
+
+  Transport& transport_;
+  T *data_, *scratch_;
+  std::size_t segment_;
+  std::vector<std::size_t> chunks_;
+  int next_, previous_, reducing_steps_;
+  SegmentStream to_send_, to_post_, to_use_;
+  std::size_t total_sends_, total_receives_, reducing_, own_;
+  std::array<Transport::Request, kReceiveBuffers> receives_{};
+  std::array<Transport::Request, kSendsInFlight> sends_{};
+  std::size_t posted_ = 0, received_ = 0, started_ = 0, sent_ = 0;
+};
 
 }  // namespace fastdp::comm

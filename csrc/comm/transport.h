@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "types.h"
 
@@ -11,7 +13,10 @@ namespace fastdp::comm {
 
 // A collective could not be completed; the text is for the user. Becomes fastdp.errors.CommError in Python.
 struct Failure : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  // Whether all ranks learn of it in the same way, or some are gone or late: then MPI_Finalize may wait for them.
+  enum class Peers { present, missing };
+  explicit Failure(const std::string& text, Peers peers = Peers::present) : std::runtime_error(text), peers(peers) {}
+  Peers peers;
 };
 
 // What the collectives ask of whatever carries their messages: MPI between processes (mpi_transport.h), queues between
@@ -26,6 +31,8 @@ class Transport {
   virtual ~Transport() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
+  // What users know a rank by.
+  virtual int name(int rank) const { return rank; }
 
   // `buffer` must outlive the request, whatever happens. At most kMaxMessageBytes.
   virtual Request send(const void* buffer, std::size_t bytes, int to, Channel channel) = 0;
@@ -36,6 +43,29 @@ class Transport {
   virtual bool test(Request& request) = 0;
   // Requests whose completion test() has not reported: while there are any, their buffers may still be read or written.
   virtual std::size_t outstanding() const = 0;
+};
+
+// Some of the ranks, numbered from 0 among themselves: say, one of each host.
+class Subset final : public Transport {
+ public:
+  Subset(Transport& of, std::vector<int> ranks, int rank) : of_(of), ranks_(std::move(ranks)), rank_(rank) {}
+  int rank() const override { return rank_; }
+  int size() const override { return static_cast<int>(ranks_.size()); }
+  int name(int rank) const override { return of_.name(ranks_[rank]); }
+  Request send(const void* buffer, std::size_t bytes, int to, Channel channel) override {
+    return of_.send(buffer, bytes, ranks_[to], channel);
+  }
+  Request receive(void* buffer, std::size_t bytes, int from, Channel channel) override {
+    return of_.receive(buffer, bytes, ranks_[from], channel);
+  }
+  Request all_reduce(void*, std::size_t, DType) override { throw Failure("a part of the ranks has no MPI_Allreduce"); }
+  bool test(Request& request) override { return of_.test(request); }
+  std::size_t outstanding() const override { return of_.outstanding(); }
+
+ private:
+  Transport& of_;
+  std::vector<int> ranks_;
+  int rank_;
 };
 
 // MPI counts are ints.

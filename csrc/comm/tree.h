@@ -10,7 +10,7 @@
 
 #include "ring.h"
 #include "transport.h"
-#include "wait.h"
+#include "work.h"
 
 namespace fastdp::comm {
 
@@ -158,11 +158,11 @@ class TreeSum {
     return "segment " + std::to_string(segment) + " of " + std::to_string(segments_);
   }
   std::string sent_nothing(int rank, std::size_t segment) const {
-    return "rank " + std::to_string(rank) + " sent nothing (" + of(segment) +
+    return "rank " + std::to_string(transport_.name(rank)) + " sent nothing (" + of(segment) +
            "; it may itself be waiting for another rank)";
   }
   std::string took_nothing(int rank, std::size_t segment) const {
-    return "rank " + std::to_string(rank) + " took nothing (" + of(segment) + ")";
+    return "rank " + std::to_string(transport_.name(rank)) + " took nothing (" + of(segment) + ")";
   }
 
   Transport& transport_;
@@ -179,24 +179,30 @@ inline constexpr int kTrees = 2;
 // Fewer elements take the first tree only: half of so little saves less than a second message costs.
 inline constexpr std::size_t kTwoTreesFrom = 4096;
 
-// data [count] in place; scratch [kTrees * kReceiveBuffers * segment]. Both must outlive the transport's requests if
-// this throws.
+// data [count] in place; scratch [kTrees * kReceiveBuffers * segment]. Both must outlive the transport's requests if it
+// is given up.
 template <class T>
-void tree_all_reduce(Transport& transport, Wait& wait, T* data, std::size_t count, T* scratch, std::size_t segment) {
-  const int ranks = transport.size(), rank = transport.rank();
-  const std::size_t first = count < kTwoTreesFrom ? count : (count + 1) / 2;
-  // Channels of their own: one rank may be another's parent in one tree and its child in the other.
-  TreeSum<T> one(transport, Transport::Channel::data, tree_node(rank, ranks, 0), data, first, scratch, segment);
-  TreeSum<T> two(transport, Transport::Channel::second_tree, tree_node(rank, ranks, 1), data + first, count - first,
-                 scratch + kReceiveBuffers * segment, segment);
-  while (!one.done() || !two.done()) {
-    const bool moved = one.advance(), moved_too = two.advance();
-    if (moved || moved_too) {
-      wait.progressed();
-    } else {
-      wait.pause([&] { return (one.done() ? two : one).missing(); });
-    }
+class TreeAllReduce final : public Work {
+ public:
+  TreeAllReduce(Transport& transport, T* data, std::size_t count, T* scratch, std::size_t segment)
+      : TreeAllReduce(transport, data, count, count < kTwoTreesFrom ? count : (count + 1) / 2, scratch, segment) {}
+
+  bool done() const override { return one_.done() && two_.done(); }
+  bool advance() override {
+    const bool moved = one_.advance(), moved_too = two_.advance();
+    return moved || moved_too;
   }
-}
+  std::string missing() const override { return (one_.done() ? two_ : one_).missing(); }
+
+ private:
+  // Channels of their own: one rank may be another's parent in one tree and its child in the other.
+  TreeAllReduce(Transport& transport, T* data, std::size_t count, std::size_t first, T* scratch, std::size_t segment)
+      : one_(transport, Transport::Channel::data, tree_node(transport.rank(), transport.size(), 0), data, first,
+             scratch, segment),
+        two_(transport, Transport::Channel::second_tree, tree_node(transport.rank(), transport.size(), 1), data + first,
+             count - first, scratch + kReceiveBuffers * segment, segment) {}
+
+  TreeSum<T> one_, two_;
+};
 
 }  // namespace fastdp::comm

@@ -12,24 +12,112 @@ from fastdp import comm
 
 GROUPS = ([8], [7, 1], [4, 4], [3, 3, 2])
 COUNTS = (0, 1, 2, 10, 100, 1000, 10007)
+LONG = 300_001  # several rounds through the slots of the team (csrc/comm/shared.h)
+DTYPES = (torch.float32, torch.float64, torch.int64, torch.bfloat16)
+# Segment bytes, and whether ranks share memory.
+WAYS = ((8, False), (256, True), (comm.SEGMENT_BYTES, True))
 
 
 def check_all_reduce(c: comm.Communicator, segment_bytes: int) -> None:
+    algorithms = ["ring", "tree", "mpi"] + ["shared", "hierarchical", "auto"] * c.shares_memory
     for count in COUNTS:
         if count * 8 > 128 * segment_bytes:
             continue  # 8-byte segments of the longest tensor would only take long
-        for dtype in (torch.float32, torch.float64, torch.int64):
+        for dtype in DTYPES:
             want = expected(c.size, count, dtype)
-            for algorithm in ("ring", "tree", "mpi", "auto"):
+            for algorithm in algorithms:
                 x = data(c.rank, count, dtype)
                 assert c.all_reduce(x, algorithm=algorithm) is x
                 assert torch.equal(x, want), (c, segment_bytes, count, dtype, algorithm)
     x = data(c.rank, 60, torch.float32).reshape(3, 4, 5)
-    assert torch.equal(c.all_reduce(x).flatten(), expected(c.size, 60, torch.float32))
+    assert torch.equal(c.all_reduce(x, "ring").flatten(), expected(c.size, 60, torch.float32))
     # A view that starts at an address that is no multiple of 8.
     x = data(c.rank, 101, torch.float32)
-    c.all_reduce(x[1:])
+    c.all_reduce(x[1:], "tree")
     assert torch.equal(x[1:], expected(c.size, 101, torch.float32)[1:])
+
+
+def check_window(c: comm.Communicator) -> None:
+    """Tensors in the window, at the same place or at others, alone or with ordinary ones; in place and out of place."""
+    for count in (*COUNTS, LONG):
+        for dtype in DTYPES:
+            want = expected(c.size, count, dtype)
+            x, y = c.empty(count, dtype), c.empty(count + 1, dtype)
+            assert not x.numel() or x.data_ptr() % 64 == 0
+            assert x.untyped_storage().nbytes() == x.nbytes and not x.any()
+            for into in (None, y[:count], y[1:], torch.empty(count, dtype=dtype)):
+                x.copy_(data(c.rank, count, dtype))
+                result = c.all_reduce(x, out=into)
+                assert result is (x if into is None else into) and torch.equal(result, want), (c, count, dtype)
+                assert into is None or torch.equal(x, data(c.rank, count, dtype))
+            # One rank's lies elsewhere.
+            z = torch.empty(count, dtype=dtype) if c.rank == c.size - 1 else y[c.rank % 2 : count + c.rank % 2]
+            z.copy_(data(c.rank, count, dtype))
+            assert torch.equal(c.all_reduce(z), want), (c, count, dtype)
+            if count:
+                z = x[1:].copy_(data(c.rank, count, dtype)[1:])
+                assert torch.equal(c.all_reduce(z), want[1:]), (c, count, dtype)
+    for x in (data(c.rank, LONG, torch.float32), data(c.rank, LONG, torch.bfloat16)):
+        want = expected(c.size, LONG, x.dtype)
+        assert torch.equal(c.all_reduce(x.clone()), want) and torch.equal(c.all_reduce(x, "hierarchical"), want)
+    x = data(c.rank, LONG, torch.float32)
+    mine = c.reduce_scatter(x)
+    assert torch.equal(mine, expected(c.size, LONG, torch.float32).tensor_split(c.size)[c.rank])
+    assert torch.equal(c.all_gather(mine), expected(c.size, LONG, torch.float32))
+    assert torch.equal(c.broadcast(data(c.rank, LONG, torch.int64), c.size - 1), data(c.size - 1, LONG, torch.int64))
+
+
+def check_handles(c: comm.Communicator, segment_bytes: int) -> None:
+    """Several at once, asked about in any order, with blocking ones between; dropped ones are completed, too."""
+    algorithms = ["ring", "tree", "mpi"] + ["shared", "hierarchical"] * c.shares_memory
+    for count in (0, 10, 10007):
+        if count * 8 > 128 * segment_bytes:
+            continue
+        want = expected(c.size, count, torch.float32)
+        tensors = [data(c.rank, count, torch.float32) for _ in algorithms]
+        handles = [c.all_reduce(x, a, async_op=True) for x, a in zip(tensors, algorithms, strict=True)]
+        out = torch.empty(count)
+        c.all_reduce(data(c.rank, count, torch.float32), out=out, async_op=True)
+        x = data(c.rank, count, torch.float32)
+        if c.rank % 2:  # some ask, some wait
+            while not handles[-1].test():
+                pass
+            assert handles[0].test()
+        else:
+            assert handles[-1].wait() is tensors[-1]
+        assert torch.equal(c.all_reduce(x), want) and torch.equal(out, want), (c, count)
+        assert all(torch.equal(x, want) for x in tensors), (c, count)
+        assert handles[1].wait() is tensors[1] and handles[1].test()
+
+
+def check_sparse(c: comm.Communicator) -> None:
+    """Against the dense sum: rows that several ranks have, or one has twice; ranks without any; all of the table."""
+    for table, width, most in ((1, 1, 3), (50, 3, 10), (3_000_000, 32, 100), (40, 5, 200), (7, 0, 2)):
+        for dtype in (torch.float32, torch.float64):
+            parts = []
+            for rank in range(c.size):
+                generator = torch.Generator().manual_seed(table + rank)
+                count = rank * most // max(1, c.size - 1)  # rank 0 has none
+                index = torch.randint(0, min(table, 2 * most), (count,), generator=generator) * (
+                    table // (2 * most) or 1
+                )
+                parts.append((index % table, torch.randn(count, width, generator=generator, dtype=dtype)))
+            rows = torch.cat([index for index, _ in parts])
+            touched, place = torch.unique(rows, return_inverse=True)
+            want = torch.zeros(len(touched), width, dtype=dtype)
+            want.index_add_(0, place, torch.cat([values for _, values in parts]))
+            index, sums = c.sparse_all_reduce(*parts[c.rank], table)
+            assert torch.equal(index, touched), (c, table)
+            torch.testing.assert_close(sums, want)
+            assert len(set(c.allgather_object(sums.numpy().tobytes()))) == 1, (c, table)
+
+
+def shared_sum(size: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """In the order of ranks; bfloat16 in float32."""
+    total = rough(0, count, dtype).to(torch.float32 if dtype == torch.bfloat16 else dtype)
+    for rank in range(1, size):
+        total += rough(rank, count, dtype)
+    return total.to(dtype)
 
 
 def ring_sum(size: int, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -69,23 +157,33 @@ def check_order(c: comm.Communicator) -> None:
     for count in (1, 10, 1000, 4095, 4096, 4097, 10007):
         for dtype in (torch.float32, torch.float64):
             sums = {"ring": ring_sum(c.size, count, dtype), "tree": tree_sum(c.size, count, dtype)}
+            if c.shares_memory:
+                sums["shared"] = shared_sum(c.size, count, dtype)
             for algorithm, want in sums.items():
                 results = [c.all_reduce(rough(c.rank, count, dtype), algorithm=algorithm) for _ in range(3)]
                 digests = {hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in results}
                 everywhere = set().union(*c.allgather_object(digests))
                 assert len(everywhere) == 1, (c, count, dtype, algorithm)
                 assert torch.equal(results[0], want), (c, count, dtype, algorithm)
-            x = rough(c.rank, count, dtype)
-            mine = c.reduce_scatter(x)
-            assert torch.equal(mine, sums["ring"].tensor_split(c.size)[c.rank]), (c, count, dtype)
-            assert torch.equal(c.all_gather(mine, out=x), sums["ring"]), (c, count, dtype)
+            for algorithm in sorted(sums.keys() - {"tree"}):
+                x = rough(c.rank, count, dtype)
+                mine = c.reduce_scatter(x, algorithm)
+                assert torch.equal(mine, sums[algorithm].tensor_split(c.size)[c.rank]), (c, count, dtype, algorithm)
+                assert torch.equal(c.all_gather(mine, out=x), sums[algorithm]), (c, count, dtype, algorithm)
+    if c.shares_memory:  # the way does not matter
+        for count in (1, 10, 1000, 10007, LONG):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                x = c.empty(count, dtype).copy_(rough(c.rank, count, dtype))
+                assert torch.equal(c.all_reduce(x), shared_sum(c.size, count, dtype)), (c, count, dtype)
+                x = rough(c.rank, count, dtype)
+                assert torch.equal(c.all_reduce(x), shared_sum(c.size, count, dtype)), (c, count, dtype)
 
 
 def check_reduce_scatter(c: comm.Communicator, segment_bytes: int) -> None:
     for count in COUNTS:
         if count * 8 > 128 * segment_bytes:
             continue
-        for dtype in (torch.float32, torch.float64, torch.int64):
+        for dtype in DTYPES:
             x = data(c.rank, count, dtype)
             mine = c.reduce_scatter(x)
             assert torch.equal(mine, expected(c.size, count, dtype).tensor_split(c.size)[c.rank]), (c, count, dtype)
@@ -170,15 +268,25 @@ def main() -> None:
         group = max(i for i, start in enumerate(starts) if world.rank >= start)
         mpi_comm = world.Split(group)
         assert mpi_comm.size == sizes[group]
-        for segment_bytes in (8, 256, comm.SEGMENT_BYTES):
-            c = comm.init(mpi_comm, timeout=60, segment_bytes=segment_bytes)
+        for segment_bytes, shared_memory in WAYS:
+            c = comm.init(
+                mpi_comm,
+                timeout=60,
+                algorithm="auto" if shared_memory else "tree",  # measuring 1 MiB in messages of 8 bytes takes minutes
+                segment_bytes=segment_bytes,
+                shared_memory=shared_memory,
+            )
+            assert c.shares_memory == (shared_memory and c.size > 1)
             assert (c.rank, c.size) == (mpi_comm.rank, mpi_comm.size)
             check_all_reduce(c, segment_bytes)
             check_reduce_scatter(c, segment_bytes)
             check_all_gather(c, segment_bytes)
             check_broadcast(c, segment_bytes)
+            check_handles(c, segment_bytes)
             if segment_bytes > 8:  # the order does not depend on it
                 check_order(c)
+        check_window(c)
+        check_sparse(c)
         check_library(c, mpi_comm)
         check_rest(c)
         if c.rank == 0:

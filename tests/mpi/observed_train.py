@@ -15,16 +15,16 @@ from fastdp import train
 from fastdp.optimizer import PrivateOptimizer
 
 diary = Path(sys.argv[1])
-sum_over_ranks = PrivateOptimizer._sum_over_ranks
+release = PrivateOptimizer._step
 file = os.open(diary / f"steps.{os.getpid()}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
 
-def observed(self: PrivateOptimizer) -> None:
-    sum_over_ranks(self)
+def observed(self: PrivateOptimizer, step: int) -> None:
     key = hashlib.sha256(bytes(self._key.tensor().tolist())).hexdigest()
     os.write(file, f"{self.steps} {key}\n".encode())
     time.sleep(0.02)
+    release(self, step)
 
 
-PrivateOptimizer._sum_over_ranks = observed  # type: ignore[method-assign]
+PrivateOptimizer._step = observed  # type: ignore[method-assign]
 sys.exit(train.main(sys.argv[2:]))

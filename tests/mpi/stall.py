@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,8 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 from mpi4py import MPI
+from torch import nn
 
 from fastdp import comm
+from fastdp.clipping import spans_of
 from fastdp.errors import CommError
 
 TIMEOUT = 1.0
@@ -44,13 +47,13 @@ def expect_failure(c: comm.Communicator, call: Callable[[], object], match: str)
     return seconds
 
 
-def late() -> None:
+def late(shared_memory: bool) -> None:
     """Rank 2 calls too late; its own call fails as well. Another communicator still works afterwards."""
     rank = MPI.COMM_WORLD.rank
-    c = comm.init(timeout=TIMEOUT)
+    c = comm.init(timeout=TIMEOUT, shared_memory=shared_memory, algorithm="auto" if shared_memory else "ring")
     if rank == 2:
         time.sleep(3 * TIMEOUT)
-        with pytest.raises(CommError, match=r"all_reduce.* on rank 2 of 3: rank \d sent nothing"):
+        with pytest.raises(CommError, match=r"all_reduce.* on rank 2 of 3: rank \d (gave up: .*rank 2|sent nothing)"):
             c.all_reduce(torch.ones(10))
     else:
         seconds = expect_failure(c, lambda: c.all_reduce(torch.ones(10)), r"all_reduce\(.*: rank 2 did not call it")
@@ -59,7 +62,7 @@ def late() -> None:
 
 
 def interrupted() -> None:
-    """Ctrl-C ends a wait; the others run into their timeout."""
+    """Ctrl-C ends a wait; the others learn of it at once."""
     rank = MPI.COMM_WORLD.rank
     c = comm.init(timeout=30 if rank == 0 else TIMEOUT, segment_bytes=1024)
     c.barrier()
@@ -75,13 +78,13 @@ def interrupted() -> None:
         with pytest.raises(CommError, match=r"failed before: .*interrupted by a signal"):
             c.barrier()
     else:
-        expect_failure(c, c.barrier, "rank 2 did not call it")
+        expect_failure(c, c.barrier, "rank 0 gave up: .*interrupted by a signal")
 
 
 def interrupted_while_it_moves() -> None:
     """Ctrl-C ends a transfer that never stalls: in the middle, or the communicator would be as good as new."""
     MPI.COMM_WORLD.Barrier()
-    c = comm.init(timeout=TIMEOUT, segment_bytes=8)
+    c = comm.init(timeout=TIMEOUT, segment_bytes=8, algorithm="ring")
     x = torch.zeros(4_000_000)  # 2.7 million messages
     c.barrier()
     if c.rank == 0:
@@ -91,26 +94,51 @@ def interrupted_while_it_moves() -> None:
         with pytest.raises(CommError, match=r"failed before: .*interrupted by a signal"):
             c.barrier()
     else:
-        expect_failure(c, lambda: c.all_reduce(x), r"rank \d (sent|took) nothing")
+        expect_failure(c, lambda: c.all_reduce(x), r"rank \d (sent nothing|took nothing|gave up)")
 
 
 def cut_off(signal_number: int, collective: str) -> None:
-    """Rank 1 stops in the middle of large collectives. MPI may notice a death before the timeout."""
-    c = comm.init(timeout=TIMEOUT)
-    x = torch.zeros(4_000_000)
-    name, _, algorithm = collective.partition(" ")
-    call = functools.partial(getattr(c, name), x, **({"algorithm": algorithm} if algorithm else {}))
+    """Rank 1 is killed or stopped somewhere in a row of collectives. One that has ended is known by its process long
+    before the timeout; one that has stopped, at the timeout, and the error says so. "messages": none is shared, and
+    MPI may notice a death before the timeout."""
+    name, *how = collective.split()
+    in_memory = "messages" not in how
+    killed = signal_number == signal.SIGKILL
+    c = comm.init(timeout=10 * TIMEOUT if killed and in_memory else TIMEOUT, shared_memory=in_memory)
+    count = 100 if "small" in how else 4_000_000
+    x = c.empty(count) if "window" in how else torch.zeros(count)
+    known = [word for word in how if word in ("ring", "tree", "mpi", "hierarchical")]
+    call = functools.partial(getattr(c, name, None) or c.all_reduce, x, *known)
+    if name == "reduce_noise_step":
+        module = nn.Linear(1000, 2000)
+        optimizer = torch.optim.SGD(module.parameters(), lr=1.0, momentum=0.9)
+        sharded = c.shard(optimizer, spans_of(module, optimizer))
+        key = torch.zeros(32, dtype=torch.uint8)
+        call = functools.partial(c.reduce_noise_step, sharded, noise_std=1.0, batch_size=1, key=key, step=0)
+    if name == "handle":
+        call = functools.partial(ask, c, x, known)
     c.barrier()
     if c.rank == 1:
         threading.Timer(0.3, os.kill, (os.getpid(), signal_number)).start()
-    expect_failure(c, call, name)
+    seconds = expect_failure(c, call, "rank 1" if in_memory else "all_reduce|reduce_scatter|all_gather|broadcast")
+    if in_memory:
+        assert seconds < 1 if killed else seconds > 0.5 * TIMEOUT, seconds
+        reason = "rank 1 is gone: its process [0-9]+ has ended" if killed else "process [0-9]+ of rank 1 is stopped"
+        assert re.search(reason, seen[-1]), seen[-1]
+
+
+def ask(c: comm.Communicator, x: torch.Tensor, algorithm: list[str]) -> None:
+    handle = c.all_reduce(x, *algorithm, async_op=True)
+    while not handle.test():
+        time.sleep(0.001)
 
 
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 _, folder, *case = sys.argv
 try:
     if case == ["late"]:
-        late()
+        late(shared_memory=True)
+        late(shared_memory=False)
         interrupted()
         interrupted_while_it_moves()
     else:

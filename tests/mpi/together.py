@@ -29,10 +29,11 @@ def data(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def expected(size: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    total = torch.zeros(count, dtype=dtype)
+    """bfloat16 is summed in float32, exactly, and rounded once."""
+    total = torch.zeros(count, dtype=torch.float32 if dtype == torch.bfloat16 else dtype)
     for rank in range(size):
         total += data(rank, count, dtype)
-    return total
+    return total.to(dtype)
 
 
 def rough(rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:

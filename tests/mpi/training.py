@@ -1,6 +1,6 @@
 """Trains on the ranks it is started on and prints, as JSON, what must not depend on how many they are.
 
-With an argument: the mode of clipping, or secure.
+With an argument: the mode of clipping, secure, or an algorithm of the all-reduce.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
 
-comm = fastdp.comm.init(timeout=30.0)
 torch.set_num_threads(1)
 mode = (*sys.argv[1:], "flat")[0]
-how = {"secure_mode": True} if mode == "secure" else {"clipping": mode}
+algorithm = mode if mode in ("ring", "tree", "shared", "mpi") else "auto"
+comm = fastdp.comm.init(timeout=30.0, algorithm=algorithm)
+how = {"secure_mode": True} if mode == "secure" else {"clipping": mode} if mode != algorithm else {}
 
 
 def private(module: nn.Module, data: TensorDataset, batch_size: int, **kwargs):

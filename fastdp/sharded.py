@@ -1,0 +1,118 @@
+"""An optimizer's step that the ranks of a host take together: each sums, noises and steps a slice, for all of them.
+
+Gradients and parameters lie in memory that they share, a copy for each rank; the optimizer's state too, one copy for
+all, of which a rank writes the slice that it steps. So each does 1/P of the noise and of the arithmetic, in one pass,
+and `optimizer.state_dict()` still has all of it, on any rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fastdp import _kernels, fused, native, window
+from fastdp.clipping import Span, flat_numel
+
+if TYPE_CHECKING:
+    from fastdp.comm import Communicator
+
+# Slices end where chunks of noise end (kChunk in csrc/kernels.h): none is made twice.
+CHUNK = 256
+
+
+class Sharded:
+    """Made by `Communicator.shard`, on all ranks alike. Moves the parameters to shared memory, each with a storage of
+    its own; a parameter that is given another storage later is moved again at the next step."""
+
+    def __init__(self, comm: Communicator, optimizer: Optimizer, spans: Sequence[Span]) -> None:
+        self._comm, self._optimizer = comm, optimizer
+        self._spans: Mapping[nn.Parameter, Span] = {s.param: s for s in spans}
+        self.dtype = spans[0].dtype
+        self._numel = flat_numel(spans)
+        nbytes = self._numel * self.dtype.itemsize
+        gradients, parameters = comm.segment(nbytes), comm.segment(nbytes)
+        self.flat = gradients.tensor(self._numel, self.dtype)
+        self._homes = {
+            s.param: parameters.tensor(s.numel, self.dtype, s.offset * self.dtype.itemsize).view(s.shape) for s in spans
+        }
+        self._states: dict[str, Tensor] = {}
+        ranks, rank = comm.local_size, comm.local_rank
+        chunks = -(-self._numel // CHUNK)
+        self._slice = chunks * rank // ranks * CHUNK, min(chunks * (rank + 1) // ranks * CHUNK, self._numel)
+        sums = ranks if comm.hosts == 1 else 1  # between hosts, the sum is there before the step
+        self._first_sum = gradients.part(0) if sums > 1 else self.flat.data_ptr()
+        self._share = _kernels.StepShare(
+            begin=self._slice[0],
+            end=self._slice[1],
+            sums=sums,
+            sums_apart=gradients.part_bytes,
+            copies=ranks,
+            copies_apart=parameters.part_bytes,
+            first_copy=-rank * parameters.part_bytes,
+        )
+        self._bring_home()
+
+    def step(self, noise_std: float, batch_size: int, key: Tensor, step: int) -> None:
+        """This rank's part of it; every rank of the host does its own, between two meetings."""
+        self._adopt_states()
+        for h, parameters in fused.steps(self._optimizer, self._spans, noise_std, batch_size, self._new_state):
+            native.noise_step(h, parameters, self.flat, key, step, self._share, self._first_sum)
+
+    def prepare(self) -> None:
+        """Parameters to where the others write to them, and memory for the state that the optimizer needs. On all
+        ranks, and before any steps."""
+        self._bring_home()
+        for name in fused.buffers(self._optimizer):
+            if name not in self._states:
+                self._states[name] = window.common(self._comm, self._numel, self.dtype)
+
+    def leave(self) -> None:
+        """Give each rank a state of its own, for an optimizer that steps all parameters by itself. On all ranks."""
+        if not self._states:
+            return
+        for p in self._spans:
+            for name in self._states:
+                x = self._optimizer.state.get(p, {}).get(name)
+                if x is not None:
+                    self._optimizer.state[p][name] = x.clone()
+        self._comm.barrier()
+        self._states.clear()
+
+    def _bring_home(self) -> None:
+        for p, home in self._homes.items():
+            if p.data_ptr() != home.data_ptr():
+                home.copy_(p.detach())
+                p.data = home
+
+    def _adopt_states(self) -> None:
+        """What the optimizer was loaded with, or made itself."""
+        for name, flat in self._states.items():
+            for p, s in self._spans.items():
+                state = self._optimizer.state.get(p, {})
+                x = state.get(name)
+                if isinstance(x, Tensor) and x.data_ptr() != flat.data_ptr() + s.offset * flat.itemsize:
+                    fused.check_state(self._optimizer, p, s.name)
+                    state[name] = self._new_state(p, name, x)
+
+    def _new_state(self, p: Tensor, name: str, value: Tensor | None = None) -> Tensor:
+        """The state's place, where this rank's slice becomes `value`, or zeros."""
+        s = self._spans[p]  # type: ignore[index]
+        flat = self._states[name]
+        begin, end = (min(max(at, s.offset), s.offset + s.numel) for at in self._slice)
+        if value is None:
+            flat[begin:end].zero_()
+        else:
+            flat[begin:end].copy_(value.detach().reshape(-1)[begin - s.offset : end - s.offset])
+        return window.alone(flat, s.offset, s.numel).view(s.shape)
+
+
+def is_possible(comm: Communicator, optimizer: Optimizer, spans: Sequence[Span]) -> bool:
+    """Whether the ranks of a host can step together: memory that they share, an optimizer that the kernels know, and no
+    wish for another sum than theirs."""
+    dtypes = {s.dtype for s in spans}
+    by_memory = comm.shares_memory and (comm.hosts > 1 or comm.algorithm in ("auto", "shared"))
+    return by_memory and fused.is_fused(optimizer) and dtypes in ({torch.float32}, {torch.float64})

@@ -1,0 +1,146 @@
+"""reduce_noise_step: a step that ranks take together is the step that each would take alone, whatever the optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from together import rough
+from torch import nn
+
+from fastdp import comm, ops
+from fastdp.clipping import spans_of
+from fastdp.errors import CommError
+
+KEY = torch.arange(32, dtype=torch.uint8)
+STD, BATCH = 0.7, 16
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.1}),
+    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.01}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+}
+
+
+def model(dtype: torch.dtype) -> nn.Module:
+    """Parameters of 1 to 4000 elements: some slices end inside of one, some hold several."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(40, 100), nn.Linear(100, 7), nn.Linear(7, 1)).to(dtype)
+
+
+def torch_step(twin: nn.Module, optimizer: torch.optim.Optimizer, total: torch.Tensor, step: int) -> None:
+    """The oracle: noise on the whole flat sum, then torch's own optimizer."""
+    noised = ops.gaussian_noise_(total.clone(), STD, key=KEY, step=step) / BATCH
+    for s in spans_of(twin, optimizer):
+        s.param.grad = noised[s.offset : s.offset + s.numel].view(s.shape)
+    optimizer.step()
+
+
+def summed(c: comm.Communicator, numel: int, dtype: torch.dtype, step: int) -> torch.Tensor:
+    total = rough(1000 * step, numel, dtype)
+    for rank in range(1, c.size):
+        total += rough(1000 * step + rank, numel, dtype)
+    return total
+
+
+def check(c: comm.Communicator, name: str, dtype: torch.dtype) -> None:
+    kind, how = OPTIMIZERS[name]
+    module, twin = model(dtype), model(dtype)
+    optimizer, theirs = kind(module.parameters(), **how), kind(twin.parameters(), **how)
+    sharded = c.shard(optimizer, spans_of(module, optimizer))
+    numel = sharded.flat.numel()
+
+    def compare() -> None:
+        for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+            for buffer, x in theirs.state[q].items():
+                torch.testing.assert_close(optimizer.state[p][buffer], x, rtol=1e-5, atol=1e-6)
+        bits = b"".join(p.detach().numpy().tobytes() for p in module.parameters())
+        assert len(set(c.allgather_object(bits))) == 1, "ranks disagree"
+
+    def both(step: int) -> None:
+        sharded.flat.copy_(rough(1000 * step + c.rank, numel, dtype))
+        c.reduce_noise_step(sharded, noise_std=STD, batch_size=BATCH, key=KEY, step=step)
+        torch_step(twin, theirs, summed(c, numel, dtype, step), step)
+        compare()
+
+    for step in range(3):
+        both(step)
+    # A checkpoint, and what is loaded from it; parameters in storages of their own on one rank.
+    file = io.BytesIO()
+    torch.save({"model": module.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    elements = sum(p.numel() for p in module.parameters())
+    assert len(file.getvalue()) < elements * dtype.itemsize * (3 if "adam" in name else 2) + 20_000  # nothing else
+    for p in module.parameters():
+        assert p.untyped_storage().nbytes() == p.nbytes
+    both(3)
+    file.seek(0)
+    saved = torch.load(file)
+    module.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    twin.load_state_dict(saved["model"])
+    theirs.load_state_dict(copy.deepcopy(saved["optimizer"]))
+    if c.rank == c.size - 1:
+        for p in module.parameters():
+            p.data = p.data.clone()
+    both(4)
+    both(5)
+    # An optimizer that is not fused any more, and is again.
+    sharded.leave()
+    torch_step(module, optimizer, summed(c, numel, dtype, 6), 6)
+    torch_step(twin, theirs, summed(c, numel, dtype, 6), 6)
+    compare()
+    optimizer.zero_grad()
+    both(7)
+
+
+def check_same_bits(c: comm.Communicator) -> None:
+    """The noise alone does not depend on the ranks."""
+    module = model(torch.float32)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    spans = spans_of(module, optimizer)
+    sharded = c.shard(optimizer, spans)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    c.reduce_noise_step(sharded, noise_std=STD, batch_size=1, key=KEY, step=9)
+    noise = ops.gaussian_noise_(torch.zeros(sharded.flat.numel()), STD, key=KEY, step=9)
+    for s in spans:
+        assert torch.equal(-s.param.detach().flatten(), noise[s.offset : s.offset + s.numel])
+
+
+def check_failure(c: comm.Communicator) -> None:
+    """What is wrong on one rank ends the step on all."""
+    module = model(torch.float32)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, momentum=0.9)
+    sharded = c.shard(optimizer, spans_of(module, optimizer))
+    if c.rank == 0:
+        optimizer.state[module[0].weight]["momentum_buffer"] = torch.zeros(3)
+    try:
+        c.reduce_noise_step(sharded, noise_std=STD, batch_size=1, key=KEY, step=9)
+    except ValueError as error:
+        assert c.rank == 0 and "momentum_buffer of 0.weight" in str(error), error
+    except CommError as error:
+        assert c.rank != 0 and "rank 0 gave up: reduce_noise_step" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
+def main() -> None:
+    c = comm.init(timeout=30.0)
+    if sys.argv[1:] == ["failure"]:
+        check_failure(c)
+    else:
+        for name in OPTIMIZERS:
+            for dtype in (torch.float32, torch.float64):
+                check(c, name, dtype)
+        check_same_bits(c)
+    print(f"done: rank {MPI.COMM_WORLD.rank}", flush=True)
+
+
+main()
