@@ -39,14 +39,12 @@ class SharedMemory:
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class RowSum:
-    """csrc/comm/sparse.h: rows of `table`, of which some indices come more than once."""
+    """csrc/comm/sparse.h: the sum of lists of rows of a table: addresses of indices, how many, addresses of values."""
 
-    def __init__(self, indices: int, count: int, table: int) -> None: ...
-    @property
-    def bad(self) -> int: ...
+    def __init__(self, lists: list[tuple[int, int, int]], table: int) -> None: ...
     @property
     def count(self) -> int: ...
-    def write(self, values: int, width: int, wide: bool, indices: int, sums: int) -> None:
+    def write(self, width: int, wide: bool, indices: int, sums: int) -> None:
         """wide: whether values and sums are float64, not float32"""
 
 class Communicator:

@@ -259,7 +259,7 @@ class Communicator:
         may lie in it. None: a new 1-d tensor. Some ranks may give one and others not.
         Raises CommError on every rank when ranks differ in dtype or operation, or an `out` has another numel.
         """
-        code = _dtype_code(part, self._codes, "part")
+        _dtype_code(part, self._codes, "part")
         if out is not None:
             _dtype_code(out, self._codes, "out")
             require(out.dtype == part.dtype, "out.dtype", out.dtype, f"that of part, {part.dtype}")
@@ -269,15 +269,21 @@ class Communicator:
             require(out.numel() == total, "out.numel()", out.numel(), f"{total}, that of all parts together")
             out.detach().view(-1).copy_(part.detach().view(-1))
             return out
-        kept = [part] if out is None else [part, out]
+        if out is None:
+            return self.gather(part, -1, lambda elements: torch.empty(elements, dtype=part.dtype))
+        return self.gather(part, out.numel(), lambda _: out)
 
-        def result(numel: int) -> int:
-            if out is None:
-                kept.append(torch.empty(numel, dtype=part.dtype))
+    def gather(self, part: torch.Tensor, numel: int, room: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """`all_gather` to what room(elements of all parts) returns. numel: of that, or -1 for as many as it takes."""
+        kept = [part]
+
+        def result(elements: int) -> int:
+            kept.append(room(elements))
             return kept[-1].data_ptr()
 
-        numel = -1 if out is None else out.numel()
-        self._under_way.run(self._native.start_all_gather, (part.data_ptr(), part.numel(), code, numel, result), kept)
+        assert self._native is not None
+        arguments = (part.data_ptr(), part.numel(), self._codes[part.dtype], numel, result)
+        self._under_way.run(self._native.start_all_gather, arguments, kept)
         increment_version((kept[-1],))
         return kept[-1]
 

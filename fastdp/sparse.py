@@ -3,12 +3,13 @@ all-reduce): rows travel with their indices, and the table never does unless tha
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastdp.errors import ArgumentError, require
+from fastdp.errors import require
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,56 +18,70 @@ if TYPE_CHECKING:
     from fastdp.comm import Communicator
 
 DTYPES = (torch.float32, torch.float64)
-
-
-def add_up(indices: Tensor, values: Tensor, table: int, only_if_needed: bool = False) -> tuple[Tensor, Tensor]:
-    """Each index once, ascending, and the sums of its rows, in their order. only_if_needed: as they are, if none comes
-    twice."""
-    from fastdp import _mpi
-
-    rows = _mpi.RowSum(indices.data_ptr(), indices.numel(), table)
-    if rows.bad >= 0:
-        raise ArgumentError(f"indices[{rows.bad}]", int(indices[rows.bad]), f"a row in [0, {table})")
-    if only_if_needed and rows.count == indices.numel():
-        return indices, values
-    width = values.shape[1]
-    unique = torch.empty(rows.count, dtype=torch.int64)
-    sums = torch.empty(rows.count, width, dtype=values.dtype)
-    wide = values.dtype == torch.float64
-    rows.write(values.data_ptr(), width, wide, unique.data_ptr(), sums.data_ptr())
-    return unique, sums
+HEAD = 8  # bytes: how many rows come
 
 
 class SparseSum:
-    """Of one communicator, with the memory in which rows arrive: fresh pages would take as long as the sum."""
+    """Of one communicator, with the memory in which rows travel: fresh pages would take as long as the sum."""
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._arrived: dict[torch.dtype, Tensor] = {}
+        self._packet = self._arrived = torch.empty(0, dtype=torch.uint8)
 
     def __call__(self, indices: Tensor, values: Tensor, table: int) -> tuple[Tensor, Tensor]:
         comm = self._comm
         check(indices, values, table)
-        if comm.size == 1:
-            return add_up(indices, values, table)
-        indices, values = add_up(indices, values, table, only_if_needed=True)
         width = values.shape[1]
+        row = 8 + width * values.itemsize
+        if comm.size == 1:
+            return _add_up([(indices.data_ptr(), len(indices), values.data_ptr())], table, values)
         comm.meet("sparse_all_reduce", table, values.dtype, width)
-        everywhere = comm.all_gather(indices)
-        rows = everywhere.numel()
-        if rows > 2 * table:  # more than the dense sum moves
-            return self._dense(indices, values, everywhere, table)
-        if values.dtype not in self._arrived or self._arrived[values.dtype].numel() < rows * width:
-            self._arrived[values.dtype] = torch.empty(rows * width, dtype=values.dtype)
-        arrived = self._arrived[values.dtype][: rows * width]
-        return add_up(everywhere, comm.all_gather(values, out=arrived).view(rows, width), table)
+        arrived = comm.gather(self._packed(indices, values), -1, self._room)
+        lists, address, end = [], arrived.data_ptr(), arrived.data_ptr() + arrived.numel()
+        while address < end:
+            count = ctypes.c_int64.from_address(address).value
+            lists.append((address + HEAD, count, address + HEAD + 8 * count))
+            address += HEAD + count * row
+        if sum(count for _, count, _ in lists) > 2 * table:  # more than the dense sum moves
+            return self._dense(indices, values, table)
+        return _add_up(lists, table, values)
 
-    def _dense(self, indices: Tensor, values: Tensor, everywhere: Tensor, table: int) -> tuple[Tensor, Tensor]:
+    def _packed(self, indices: Tensor, values: Tensor) -> Tensor:
+        """How many rows, their indices, and their values."""
+        begin, end = HEAD + indices.nbytes, HEAD + indices.nbytes + values.nbytes
+        if self._packet.numel() < end:
+            self._packet = torch.empty(end, dtype=torch.uint8)
+        packet = self._packet[:end]
+        packet[:HEAD].view(torch.int64)[0] = len(indices)
+        packet[HEAD:begin].view(torch.int64).copy_(indices)
+        if values.numel():
+            ctypes.memmove(packet.data_ptr() + begin, values.data_ptr(), values.nbytes)
+        return packet
+
+    def _room(self, nbytes: int) -> Tensor:
+        if self._arrived.numel() < nbytes:
+            self._arrived = torch.empty(nbytes, dtype=torch.uint8)
+        return self._arrived[:nbytes]
+
+    def _dense(self, indices: Tensor, values: Tensor, table: int) -> tuple[Tensor, Tensor]:
+        """By an all-reduce of the table, and of a mark for each row that is touched."""
         dense = torch.zeros(table, values.shape[1], dtype=values.dtype)
-        dense[indices] = values
+        dense.index_add_(0, indices, values.detach())
+        marks = torch.zeros(table, dtype=torch.int64)
+        marks[indices] = 1
         self._comm.all_reduce(dense)
-        touched = torch.unique(everywhere)
+        touched = self._comm.all_reduce(marks).nonzero().view(-1)
         return touched, dense[touched]
+
+
+def _add_up(lists: list[tuple[int, int, int]], table: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    from fastdp import _mpi
+
+    rows, width = _mpi.RowSum(lists, table), like.shape[1]
+    indices = torch.empty(rows.count, dtype=torch.int64)
+    sums = torch.empty(rows.count, width, dtype=like.dtype)
+    rows.write(width, like.dtype == torch.float64, indices.data_ptr(), sums.data_ptr())
+    return indices, sums
 
 
 def sum_flat(comm: Communicator, flat: Tensor, tables: Mapping[Span, Tensor]) -> None:
@@ -94,3 +109,7 @@ def check(indices: Tensor, values: Tensor, table: int) -> None:
     require(indices.dim() == 1, "indices.shape", list(indices.shape), "[K]")
     fits = values.dim() == 2 and values.shape[0] == indices.shape[0]
     require(fits, "values.shape", list(values.shape), f"[{indices.shape[0]}, width]")
+    if len(indices):
+        for place in (int(indices.argmin()), int(indices.argmax())):
+            index = int(indices[place])
+            require(0 <= index < table, f"indices[{place}]", index, f"a row in [0, {table})")

@@ -9,6 +9,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -211,24 +212,27 @@ PYBIND11_MODULE(_mpi, m) {
   });
 
   bind_memory(m);
+  using Rows = std::tuple<std::uintptr_t, std::size_t, std::uintptr_t>;
   py::class_<RowSum>(m, "RowSum")
-      .def(py::init([](std::uintptr_t indices, std::size_t count, std::int64_t table) {
-             return RowSum({reinterpret_cast<const std::int64_t*>(indices), count}, table);
+      .def(py::init([](const std::vector<Rows>& lists, std::int64_t table) {
+             std::vector<RowList> rows;
+             for (const auto& [indices, count, values] : lists)
+               rows.push_back(
+                   {reinterpret_cast<const std::int64_t*>(indices), count, reinterpret_cast<const void*>(values)});
+             return RowSum(std::move(rows), table);
            }),
-           py::arg("indices"), py::arg("count"), py::arg("table"))
-      .def_property_readonly("bad", &RowSum::bad)
+           py::arg("lists"), py::arg("table"))
       .def_property_readonly("count", &RowSum::count)
       .def(
           "write",
-          [](const RowSum& self, std::uintptr_t values, std::size_t width, bool wide, std::uintptr_t indices,
-             std::uintptr_t sums) {
+          [](const RowSum& self, std::size_t width, bool wide, std::uintptr_t indices, std::uintptr_t sums) {
             auto* to = reinterpret_cast<std::int64_t*>(indices);
             if (wide)
-              self.write(reinterpret_cast<const double*>(values), width, to, reinterpret_cast<double*>(sums));
+              self.write(width, to, reinterpret_cast<double*>(sums));
             else
-              self.write(reinterpret_cast<const float*>(values), width, to, reinterpret_cast<float*>(sums));
+              self.write(width, to, reinterpret_cast<float*>(sums));
           },
-          py::arg("values"), py::arg("width"), py::arg("wide"), py::arg("indices"), py::arg("sums"),
+          py::arg("width"), py::arg("wide"), py::arg("indices"), py::arg("sums"),
           py::call_guard<py::gil_scoped_release>());
   using release_gil = py::call_guard<py::gil_scoped_release>;
   py::class_<Communicator>(m, "Communicator")
