@@ -108,7 +108,7 @@ def test_keys_of_a_resumed_run_are_new(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_signal_stops_all_ranks_at_the_same_step(ranks: int, name: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with begin(output, "--epochs", "5000", "--noise-multiplier", "20", ranks=ranks) as run:
-        run.send_signal(getattr(signal, name))
+        os.kill(launch.signalled(run) if ranks else run.pid, getattr(signal, name))
         _, errors = run.communicate(timeout=60)
     assert run.returncode == 130, errors
     assert "Traceback" not in errors and errors.count("fastdp.train: stopped after ") == 1

@@ -151,7 +151,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> list[dict[str, float
     chance = random.Random(seed)
     reports = []
     while kills > 0:
-        run = Run(folder / f"{len(reports)}", chance)
+        run = Run(folder / f"{kills}", chance)
         for _ in range(min(kills, 10)):
             kills -= 1
             print(run.kill_once(), flush=True)
