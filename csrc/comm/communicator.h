@@ -175,8 +175,9 @@ class Communicator {
     Buffers(const Buffers&) = delete;
     Buffers& operator=(const Buffers&) = delete;
     static constexpr std::size_t kCacheLine = 64;
-    std::vector<Header> headers;  // [size], own one included
-    std::byte* scratch;           // [kTrees * kReceiveBuffers * segment_bytes]; the ring leaves half of it untouched
+    std::vector<Header> headers;              // [size], own one included
+    std::vector<std::vector<Header>> blocks;  // as they travel
+    std::byte* scratch;  // [kTrees * kReceiveBuffers * segment_bytes]; the ring leaves half of it untouched
   };
 
   struct Running {
@@ -227,7 +228,10 @@ class Communicator {
     header.sequence = ++sequence_;
     const auto roll = [this, header, data]() -> std::unique_ptr<Work> {
       if (single_host()) return std::make_unique<RollCall>(roll_call(header, data));
-      return std::make_unique<HeaderExchange>(*transport_, header, buffers_->headers);
+      if (hosts_ != nullptr) return hosts_->exchange(header, buffers_->blocks, buffers_->headers);
+      buffers_->blocks.assign(size(), std::vector<Header>(1));
+      buffers_->blocks[rank()][0] = header;
+      return std::make_unique<HeaderExchange>(*transport_, buffers_->blocks, false);
     };
     const auto compare = [this, header]() -> std::unique_ptr<Work> {
       if (single_host()) return this->compare(header);
@@ -338,6 +342,8 @@ class Communicator {
   }
 
   void read_headers() {
+    if (hosts_ == nullptr)
+      for (int rank = 0; rank < size(); ++rank) buffers_->headers[rank] = buffers_->blocks[rank][0];
     require_same(buffers_->headers);
     noted_ = false;
     for (const Header& header : buffers_->headers) noted_ = noted_ || header.note != 0;

@@ -84,28 +84,31 @@ inline std::string list_ranks(std::span<const int> ranks) {
 }
 
 // An all-gather of headers by direct messages: P-1 eager sends cost less than MPI_Iallgather's schedule on one host,
-// and a timeout can name the ranks that are missing. Nobody leaves before everybody has entered: also a barrier.
+// and a timeout can name the ranks that are missing. Nobody leaves before everybody has entered: also a barrier. Where
+// hosts are known, it is one rank of each that speaks for its host.
 class HeaderExchange final : public Work {
  public:
-  // headers [size] must outlive the transport's requests if this is given up.
-  HeaderExchange(Transport& transport, const Header& mine, std::vector<Header>& headers)
+  // blocks [transport.size()]: of each rank, what it has to say, its own among them; they must outlive the transport's
+  // requests if this is given up. for_hosts: whether each speaks for others, too.
+  HeaderExchange(Transport& transport, std::vector<std::vector<Header>>& blocks, bool for_hosts)
       : transport_(transport),
-        headers_(headers),
-        sends_(headers.size()),
-        receives_(headers.size()),
-        arrived_(headers.size()),
-        sent_(headers.size()),
-        missing_(2 * (headers.size() - 1)) {
+        for_hosts_(for_hosts),
+        sends_(blocks.size()),
+        receives_(blocks.size()),
+        arrived_(blocks.size()),
+        sent_(blocks.size()),
+        missing_(2 * (blocks.size() - 1)) {
     const int size = transport.size(), rank = transport.rank();
-    headers_[rank] = mine;
     for (int peer = 0; peer < size; ++peer) {
       arrived_[peer] = sent_[peer] = peer == rank;
       if (peer != rank)
-        receives_[peer] = transport.receive(&headers_[peer], sizeof(Header), peer, Transport::Channel::header);
+        receives_[peer] = transport.receive(blocks[peer].data(), blocks[peer].size() * sizeof(Header), peer,
+                                            Transport::Channel::header);
     }
     for (int step = 1; step < size; ++step) {  // each rank starts with another peer
       const int peer = (rank + step) % size;
-      sends_[peer] = transport.send(&headers_[rank], sizeof(Header), peer, Transport::Channel::header);
+      sends_[peer] =
+          transport.send(blocks[rank].data(), blocks[rank].size() * sizeof(Header), peer, Transport::Channel::header);
     }
   }
 
@@ -113,7 +116,7 @@ class HeaderExchange final : public Work {
 
   bool advance() override {
     const std::size_t before = missing_;
-    for (std::size_t peer = 0; peer < headers_.size(); ++peer) {
+    for (std::size_t peer = 0; peer < arrived_.size(); ++peer) {
       if (!arrived_[peer] && transport_.test(receives_[peer])) arrived_[peer] = 1, --missing_;
       if (!sent_[peer] && transport_.test(sends_[peer])) sent_[peer] = 1, --missing_;
     }
@@ -122,14 +125,14 @@ class HeaderExchange final : public Work {
 
   std::string missing() const override {
     std::vector<int> absent;
-    for (std::size_t peer = 0; peer < headers_.size(); ++peer)
+    for (std::size_t peer = 0; peer < arrived_.size(); ++peer)
       if (!arrived_[peer] || !sent_[peer]) absent.push_back(transport_.name(static_cast<int>(peer)));
-    return list_ranks(absent) + " did not call it";
+    return list_ranks(absent) + (for_hosts_ ? ", or others of their hosts," : "") + " did not call it";
   }
 
  private:
   Transport& transport_;
-  std::vector<Header>& headers_;
+  bool for_hosts_;
   std::vector<Transport::Request> sends_, receives_;
   std::vector<char> arrived_, sent_;
   std::size_t missing_;

@@ -61,6 +61,8 @@ class Team {
         names_(std::move(names)),
         processes_(std::move(processes)) {}
 
+  bool among_hosts = false;  // some of these ranks wait for those of other hosts
+
   int rank() const { return rank_; }
   int size() const { return static_cast<int>(names_.size()); }
   int name(int rank) const { return names_[rank]; }

@@ -21,6 +21,8 @@ class Work {
   virtual bool done() const = 0;
   // What it waits for, for an error's text; only while it is not done.
   virtual std::string missing() const = 0;
+  // Seconds beyond the deadline, where those who are waited for may themselves wait for others: they tell more.
+  virtual double grace() const { return 0.0; }
   // Until something may have moved, or `at_most` has passed. Messages make progress only when they are asked about:
   // this is 70 µs in effect, by the kernel's timer slack. Less slack and 5 µs of sleep took 130 ms for the ring of 4
   // bytes of 8 ranks on 2 cores that takes 2 ms so.
@@ -46,6 +48,7 @@ class InTurn final : public Work {
   }
   bool done() const override { return finished_ || parts_.empty(); }
   std::string missing() const override { return current_ == nullptr ? "nothing" : current_->missing(); }
+  double grace() const override { return current_ == nullptr ? 0.0 : current_->grace(); }
   void sleep(std::chrono::microseconds at_most) const override {
     if (current_ != nullptr) current_->sleep(at_most);
   }
