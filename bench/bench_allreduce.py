@@ -13,7 +13,9 @@ default, MPICH does without its fast collectives in shared memory. busbw = bytes
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import os
 import shutil
 import socket
@@ -29,34 +31,43 @@ import pytest
 
 BYTES = (256, 4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20)
 RANKS = 2
-OURS = ("window", "ordinary", "ring", "tree", "mpi")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 Rows = dict[str, dict[str, list[float]]]  # seconds of rounds by bytes and contender
 
 
-def contenders(world: Any, ours: Any, gloo: Any, nbytes: int) -> dict[str, tuple[Any, Callable[[], object]]]:
+# What is measured together: kind of launch, thread level of MPI, contenders.
+KINDS = {
+    "multiple": ("multiple", ("window", "ordinary", "probe", "MPI_Allreduce")),
+    "funneled": ("funneled", ("window", "ordinary", "probe", "MPI_Allreduce")),
+    "algorithms": ("multiple", ("ring", "tree", "mpi")),
+    "gloo": ("multiple", ("gloo",)),  # its threads would disturb the others
+    "openmpi": ("multiple", ("MPI_Allreduce",)),
+}
+
+
+def contenders(world: Any, names: tuple[str, ...], nbytes: int) -> dict[str, tuple[Any, Callable[[], object]]]:
     """The tensor of each, and its call."""
     import torch
     from mpi4py import MPI
 
-    n = nbytes // 4
-    x = torch.empty(n)
+    x = torch.empty(nbytes // 4)
     view = x.numpy()
+    if "gloo" in names:
+        return {"gloo": (x, lambda: torch.distributed.all_reduce(x))}
     calls: dict[str, tuple[Any, Callable[[], object]]] = {
         "MPI_Allreduce": (x, lambda: world.Allreduce(MPI.IN_PLACE, view))
     }
-    if gloo is not None:
-        calls["gloo"] = (x, lambda: gloo.all_reduce(x))
-    if ours is None:
+    if names == ("MPI_Allreduce",):
         return calls
-    window = ours.empty(n)
+    ours = open_ours()
+    window = ours.empty(nbytes // 4)
     calls["window"] = (window, lambda: ours.all_reduce(window))
     calls["ordinary"] = (x, lambda: ours.all_reduce(x))
     for name in ("ring", "tree", "mpi"):
         calls[name] = (x, lambda name=name: ours.all_reduce(x, name))
     calls["probe"] = probe(ours, nbytes)
-    return calls
+    return {name: calls[name] for name in names}
 
 
 def probe(ours: Any, nbytes: int) -> tuple[Any, Callable[[], object]]:
@@ -70,30 +81,32 @@ def probe(ours: Any, nbytes: int) -> tuple[Any, Callable[[], object]]:
     return segment.tensor(nbytes // 4, torch.float32), lambda: _mpi.sum_in_place(tensors, begin, end)
 
 
-def measure(thread_level: str, effort: float) -> Rows:
+def measure(kind: str, effort: float) -> Rows:
     """On every rank, under mpirun."""
     import mpi4py
     import torch
 
+    thread_level, names = KINDS[kind]
     mpi4py.rc.thread_level = thread_level
     from mpi4py import MPI
 
     torch.set_num_threads(1)
-    world = MPI.COMM_WORLD
-    ours, gloo = open_ours(), open_gloo(world) if thread_level == "multiple" else None
+    world, one = MPI.COMM_WORLD, torch.ones(1)
+    if kind == "gloo":
+        open_gloo(world)
     rows: Rows = {}
     for nbytes in BYTES:
         fresh = torch.randn(nbytes // 4, generator=torch.Generator().manual_seed(world.rank))
         total = sum(torch.randn(nbytes // 4, generator=torch.Generator().manual_seed(r)) for r in range(world.size))
-        calls = contenders(world, ours, gloo, nbytes)
+        calls = contenders(world, names, nbytes)
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         # The first round warms up.
         for round_ in range(1 + max(5, int(effort * min(300, (64 << 20) // nbytes)))):
-            names = list(calls)
-            first = round_ % len(names)  # nobody always follows the same one
-            for name in names[first:] + names[:first]:
+            order = list(calls)
+            first = round_ % len(order)  # nobody always follows the same one
+            for name in order[first:] + order[:first]:
                 x, call = calls[name]
-                x.copy_(fresh)
+                torch.mul(fresh, one, out=x)  # by arithmetic, as gradients are: a copy may bypass the caches
                 world.Barrier()
                 begin = time.perf_counter()
                 call()
@@ -109,15 +122,14 @@ def measure(thread_level: str, effort: float) -> Rows:
     return rows
 
 
+@functools.cache
 def open_ours() -> Any:
-    try:
-        from fastdp import comm
-    except ImportError:  # the other environment need not have it
-        return None
+    from fastdp import comm
+
     return comm.init(timeout=30)
 
 
-def open_gloo(world: Any) -> Any:
+def open_gloo(world: Any) -> None:
     import torch.distributed
 
     with socket.socket() as free:
@@ -126,15 +138,14 @@ def open_gloo(world: Any) -> Any:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=world.rank, world_size=world.size
     )
-    return torch.distributed
 
 
-def launch(python: str, thread_level: str, effort: float, mca: tuple[str, ...] = ()) -> Rows:
+def launch(python: str, kind: str, effort: float) -> Rows:
     beside_python = Path(python).with_name("mpirun")
     mpirun = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
     if mpirun is None:
         pytest.skip("no mpirun, neither beside python nor on PATH")
-    command = [mpirun, *mca, "-n", str(RANKS), python, __file__, "--rank", thread_level, "--effort", str(effort)]
+    command = [mpirun, "-n", str(RANKS), python, __file__, "--rank", kind, str(effort)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | ENVIRONMENT)
     assert result.returncode == 0, result.stdout + result.stderr
     rows: Rows = json.loads(result.stdout.splitlines()[-1])
@@ -147,11 +158,14 @@ def summarise(launches: dict[str, list[Rows]]) -> dict[str, dict[str, dict[str, 
     for kind, of_kind in launches.items():
         for nbytes, row in of_kind[0].items():
             for name in row:
-                contender = f"{name} ({kind})" if name in ("MPI_Allreduce", *OURS, "probe", "gloo") else name
                 p50, p99 = (
                     statistics.median(percentile(one[nbytes][name], q) for one in of_kind) * 1e6 for q in (0.5, 0.99)
                 )
                 busbw = int(nbytes) / p50 * 1e-3 * 2 * (RANKS - 1) / RANKS
+                library = {"multiple": "MPICH, multiple", "funneled": "MPICH, funneled", "openmpi": "Open MPI"}.get(
+                    kind, kind
+                )
+                contender = f"{name} ({library})" if kind in ("multiple", "funneled", "openmpi") else name
                 table[nbytes][contender] = {"p50_us": p50, "p99_us": p99, "busbw_GBps": busbw}
     return table
 
@@ -162,9 +176,9 @@ def percentile(values: list[float], q: float) -> float:
 
 def show(table: dict[str, dict[str, dict[str, float]]]) -> None:
     for nbytes, row in table.items():
-        best = min(of["p50_us"] for name, of in row.items() if name.startswith("MPI_Allreduce"))
+        best = min([of["p50_us"] for name, of in row.items() if name.startswith("MPI_Allreduce")], default=math.nan)
         for name, of in sorted(row.items(), key=lambda item: item[1]["p50_us"]):
-            limit = row.get(f"probe ({name.partition('(')[2]}")
+            limit = row.get(f"probe ({name.partition('(')[2]}") if name.startswith("window") else None
             share = "" if limit is None else f"  {limit['p50_us'] / of['p50_us']:4.0%} of the probe"
             print(
                 f"{nbytes:>9} B  {name:<26} p50 {of['p50_us']:>9.1f} us  p99 {of['p99_us']:>9.1f}  "
@@ -178,7 +192,7 @@ def draw(table: dict[str, dict[str, dict[str, float]]], path: str) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(name for row in table.values() for name in row):
-        if name.startswith(("ring", "tree", "mpi")) or ("funneled" in name and not name.startswith("MPI")):
+        if name in ("ring", "tree", "mpi") or ("funneled" in name and not name.startswith("MPI")):
             continue
         sizes = [nbytes for nbytes, row in table.items() if name in row]
         style = {"linewidth": 2.5} if name.startswith(("window", "ordinary")) else {"linestyle": "--"}
@@ -190,10 +204,10 @@ def draw(table: dict[str, dict[str, dict[str, float]]], path: str) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-@pytest.mark.parametrize("thread_level", ["multiple", "funneled"])
-def bench_allreduce(benchmark: Any, thread_level: str) -> None:
-    rows = benchmark.pedantic(launch, args=(sys.executable, thread_level, 0.3), rounds=1, iterations=1)
-    table = summarise({thread_level: [rows]})
+@pytest.mark.parametrize("kind", ["multiple", "funneled", "algorithms", "gloo"])
+def bench_allreduce(benchmark: Any, kind: str) -> None:
+    rows = benchmark.pedantic(launch, args=(sys.executable, kind, 0.3), rounds=1, iterations=1)
+    table = summarise({kind: [rows]})
     show(table)
     benchmark.extra_info["ranks"] = RANKS
     for nbytes, row in table.items():
@@ -211,12 +225,10 @@ def main() -> None:
     options = parser.parse_args()
     launches: dict[str, list[Rows]] = {}
     for _ in range(options.launches):
-        for level in ("multiple", "funneled"):
-            launches.setdefault(f"MPICH, {level}", []).append(launch(sys.executable, level, options.effort))
-        if options.open_mpi:
-            one = launch(options.open_mpi, "multiple", options.effort)
-            only = {nbytes: {"MPI_Allreduce": row["MPI_Allreduce"]} for nbytes, row in one.items()}
-            launches.setdefault("Open MPI", []).append(only)
+        for kind in KINDS:
+            python = options.open_mpi if kind == "openmpi" else sys.executable
+            if python:
+                launches.setdefault(kind, []).append(launch(python, kind, options.effort))
     table = summarise(launches)
     show(table)
     Path(options.json).write_text(json.dumps(table, indent=1) + "\n")
@@ -225,7 +237,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--rank" in sys.argv:
-        result = measure(sys.argv[2], float(sys.argv[4]))
+        result = measure(sys.argv[2], float(sys.argv[3]))
         from mpi4py import MPI
 
         if MPI.COMM_WORLD.rank == 0:
