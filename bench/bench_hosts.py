@@ -22,7 +22,7 @@ from typing import Any
 import hosts
 import pytest
 
-ALGORITHMS = ("ring", "tree", "hierarchical", "mpi")  # of fastdp.comm
+ALGORITHMS = ("auto", "hierarchical", "ring", "tree", "mpi")  # of fastdp.comm
 PEER = "MPI_Allreduce"
 BYTES = (64 << 10, 1 << 20, 16 << 20)
 RATE, RATE_BYTES = "1gbit", 1e9 / 8

@@ -145,8 +145,8 @@ def write_launcher(switch: int, holders: Sequence[int]) -> None:
     """What mpirun calls in the place of ssh, as `LAUNCHER [-x] ADDRESS COMMAND`."""
     cases = "\n".join(f"{address(host)}) pid={pid} ;;" for host, pid in enumerate(holders))
     file = Path(launcher(switch))
-    # unshare has its children in the new process namespace, but stays outside itself. /tmp is that of the machine, and
-    # Open MPI names files there by process ids, which are the same on all hosts.
+    # unshare has its children in the new process namespace, but stays outside itself. /tmp and the user's cache are the
+    # machine's: Open MPI names files by process ids, alike on all hosts, and fastdp keeps there what messages cost.
     file.write_text(f"""#!/bin/sh
 [ "$1" = -x ] && shift
 case "$1" in
@@ -154,7 +154,7 @@ case "$1" in
 *) echo "$1 is not one of the hosts" >&2; exit 1 ;;
 esac
 shift
-export TMPDIR=/dev/shm
+export TMPDIR=/dev/shm XDG_CACHE_HOME=/dev/shm
 exec nsenter --target=$pid --net --uts --ipc --mount --pid=/proc/$pid/ns/pid_for_children sh -c "$*"
 """)
     file.chmod(0o700)

@@ -13,8 +13,6 @@ from pathlib import Path
 import hosts
 import pytest
 
-from fastdp import _mpi  # type: ignore[attr-defined]
-
 HERE = Path(__file__).parent
 
 
@@ -34,8 +32,8 @@ def test_two_hosts_of_two_ranks() -> None:
     assert done.returncode == 0, done.stdout
     for rank in range(4):
         assert f"done: rank {rank} on host{rank // 2}" in done.stdout
-    # A host needs the other one's sums: of 30,011 numbers in 4, 8 and 8 bytes, by each algorithm and by "auto".
-    assert min(sent) > 30_011 * 20 * (1 + len(_mpi.algorithms))
+    # A host needs the other one's sums: of 30,011 numbers in 4, 8 and 8 bytes, by 5 algorithms.
+    assert min(sent) > 30_011 * 20 * 5
     speed = re.search(r"(\d+) bytes per second", done.stdout)
     assert speed and int(speed[1]) < 1.1 * 1e9 / 8, done.stdout
 
