@@ -53,7 +53,8 @@ class Chooser:
 
     def explain(self, nbytes: int) -> str:
         comm = self._comm
-        where = f"all_reduce of {nbytes} bytes on {comm.size} ranks of {comm.hosts} host{'s' * (comm.hosts > 1)}"
+        ranks, hosts = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((comm.size, "rank"), (comm.hosts, "host")))
+        where = f"all_reduce of {nbytes} bytes on {ranks} of {hosts}"
         if comm.size == 1:
             return f"{where}: nothing to do"
         chosen = self.choose(nbytes)

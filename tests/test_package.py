@@ -16,7 +16,7 @@ import fastdp
 from fastdp import _kernels, _mpi  # type: ignore[attr-defined]
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-PREDICT, LOOP, KERNELS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PREDICT, LOOP, KERNELS, COLLECTIVES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_one_version() -> None:
@@ -61,6 +61,13 @@ def test_the_readme_calls_the_kernels() -> None:
     names: dict[str, Any] = {}
     exec(compile(KERNELS, "README.md", "exec"), names)
     assert names["noisy"].shape == (10_000,) and names["sq"].shape == (256,)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_readme_calls_the_collectives(ranks: int, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(COLLECTIVES + "print('rows', rows.tolist(), sums.tolist(), x[0].item())\n")
+    printed = launch.run(str(tmp_path / "script.py"), ranks=ranks)
+    assert printed.count(f"rows [2, 7] {[[float(ranks)] * 4] * 2} {ranks * (ranks - 1) / 2}") == ranks, printed
 
 
 def test_public_names() -> None:
