@@ -296,8 +296,7 @@ class Communicator {
     } catch (const Failure& failure) {
       peers_missing_ = failure.peers == Failure::Peers::missing;
       const std::string text = describe(header) + " on rank " + std::to_string(rank()) + " of " +
-                               std::to_string(size()) + ": " + failure.what() +
-                               (hosts_ != nullptr && peers_missing_ ? hosts_->team().stopped() : "");
+                               std::to_string(size()) + ": " + failure.what() + troubles(failure.what());
       fail(text);
       throw Failure(text, failure.peers);
     } catch (...) {
@@ -305,6 +304,17 @@ class Communicator {
       fail(describe(header) + " on rank " + std::to_string(rank()) + ": interrupted by a signal");
       throw;
     }
+  }
+
+  // Of this host's ranks. MPI may know of a death some milliseconds before the system says so, and names nobody.
+  std::string troubles(const std::string& known) const {
+    if (hosts_ == nullptr || !peers_missing_) return "";
+    std::string text = hosts_->team().troubles();
+    for (int tries = 0; text.empty() && known.starts_with("MPI_") && tries < 20; ++tries) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      text = hosts_->team().troubles();
+    }
+    return text;
   }
 
   void check_peers() {

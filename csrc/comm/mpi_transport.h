@@ -19,7 +19,7 @@ inline void check_mpi(int code, const char* function) {
   std::string line(text, length);
   for (char& c : line)
     if (c == '\n') c = ' ';
-  throw Failure(std::string(function) + " failed: " + line);
+  throw Failure(std::string(function) + " failed: " + line, Failure::Peers::missing);
 }
 
 // A duplicate of the user's communicator, so that our messages never meet theirs. Never freed: MPI_Comm_free is

@@ -141,13 +141,17 @@ class Team {
     if (board_->state.load(std::memory_order_acquire) == 2) throw Failure(board_->text, Failure::Peers::missing);
   }
 
-  // For an error's text: "; process 1234 of rank 1 is stopped", of all that are.
-  std::string stopped() const {
+  // For an error's text: "; rank 1 is gone: its process 1234 has ended", "; process 1234 of rank 1 is stopped".
+  std::string troubles() const {
     std::string text;
-    for (int rank = 0; rank < size(); ++rank)
-      if (processes_[rank].state() == Process::State::stopped)
-        text += "; process " + std::to_string(processes_[rank].id) + " of rank " + std::to_string(name(rank)) +
-                " is stopped";
+    for (int rank = 0; rank < size(); ++rank) {
+      const Process::State state = processes_[rank].state();
+      const std::string process = "process " + std::to_string(processes_[rank].id);
+      if (state == Process::State::gone)
+        text += "; rank " + std::to_string(name(rank)) + " is gone: its " + process + " has ended";
+      if (state == Process::State::stopped)
+        text += "; " + process + " of rank " + std::to_string(name(rank)) + " is stopped";
+    }
     return text;
   }
 

@@ -122,7 +122,7 @@ def cut_off(signal_number: int, collective: str) -> None:
         threading.Timer(0.3, os.kill, (os.getpid(), signal_number)).start()
     seconds = expect_failure(c, call, "rank 1" if in_memory else "all_reduce|reduce_scatter|all_gather|broadcast")
     if in_memory:
-        assert seconds < 1 if killed else seconds > 0.5 * TIMEOUT, seconds
+        assert seconds < 3 if killed else seconds > 0.5 * TIMEOUT, seconds
         reason = "rank 1 is gone: its process [0-9]+ has ended" if killed else "process [0-9]+ of rank 1 is stopped"
         assert re.search(reason, seen[-1]), seen[-1]
 
