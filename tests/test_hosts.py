@@ -58,7 +58,7 @@ def test_nothing_runs_on_after_the_end(end: signal.Signals) -> None:
     sleep = [sys.executable, "-c", "print('up', flush=True); import time; time.sleep(60)", mark]
     command = [sys.executable, hosts.__file__, "--hosts", "2", "--", *sleep]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as script:
-        assert script.stdout and script.stdout.readline() == "up\n"
+        assert script.stdout and script.stdout.readline().startswith("up")  # "upup", when both speak at once
         script.send_signal(end)
     deadline = time.perf_counter() + 10
     while (left := running(mark)) and time.perf_counter() < deadline:
