@@ -95,8 +95,8 @@ class DirectSum final : public Meeting {
 //   collect  and copies the others' sums from their slots.
 // An all-reduce does all three, a reduce-scatter the first two; an all-gather stages its own part and collects.
 // Rounds overlap: while a rank stages round k, it reduces k-1 and collects k-2, so that nobody waits for the slowest in
-// each step. A slot is used again after kSlots rounds: whoever has staged round k-2 has collected k-5, so the wait for
-// staged pieces is enough.
+// each step. A slot is used again after kSlots rounds, 5 or more: whoever has staged round k-2 has collected k-5, so
+// the wait for staged pieces is enough.
 template <class T>
 class Staged final : public TeamWork {
  public:
@@ -112,8 +112,8 @@ class Staged final : public TeamWork {
     std::size_t longest = 0;
     for (int rank = 0; rank < team.size(); ++rank) longest = std::max(longest, parts_[rank + 1] - parts_[rank]);
     rounds_ = (longest + piece_ - 1) / piece_;
-    streams_ = longest * sizeof(T) >= kStreamFrom;
     first_ = team.events();
+    slots_ = team.take_slots(rounds_);
   }
 
   bool done() const override { return at_ == 3 * (rounds_ + 2) || rounds_ == 0; }
@@ -150,21 +150,14 @@ class Staged final : public TeamWork {
     return {begin, std::min(piece_, parts_[part + 1] - begin)};
   }
   T* slot(int rank, std::size_t round, int part) const {
-    return reinterpret_cast<T*>(team_.slot(rank, round)) + part * piece_;
-  }
-
-  void hand_over(T* to, const T* from, std::size_t count) const {
-    if (streams_)
-      stream_copy(to, from, count * sizeof(T));
-    else if (count != 0)
-      std::memcpy(to, from, count * sizeof(T));
+    return reinterpret_cast<T*>(team_.slot(rank, slots_ + round)) + part * piece_;
   }
 
   void stage(std::size_t round) {
     for (int part = 0; part < team_.size(); ++part) {
       if ((part == team_.rank()) == reduces_) continue;
       const auto [begin, count] = piece(part, round);
-      hand_over(slot(team_.rank(), round, part), x_ + begin, count);
+      team_.hand_over(slot(team_.rank(), round, part), x_ + begin, count * sizeof(T));
     }
     team_.post();
   }
@@ -178,7 +171,7 @@ class Staged final : public TeamWork {
       const std::size_t length = std::min(kBlock, count - at);
       T* sum = x_ + begin + at;
       sum_ranks(in_.data(), team_.size(), &sum, 1, length);
-      if (collects_) hand_over(slot(me, round, me) + at, sum, length);
+      if (collects_) team_.hand_over.again(slot(me, round, me) + at, sum, length * sizeof(T));
       for (const T*& in : in_) in += length;
     }
     team_.post();
@@ -194,8 +187,8 @@ class Staged final : public TeamWork {
 
   T* x_;
   std::vector<std::size_t> parts_;
-  bool reduces_, collects_, streams_;
-  std::size_t piece_, rounds_ = 0, at_ = 0;
+  bool reduces_, collects_;
+  std::size_t piece_, rounds_ = 0, at_ = 0, slots_;
   std::uint64_t first_ = 0;
   std::vector<const T*> in_;
 };

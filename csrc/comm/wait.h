@@ -57,7 +57,7 @@ class Wait {
 
   // After an attempt that moved nothing.
   void pause(const Work& work) {
-    if (++polls_ < kSpins) return polls_ > kHotSpins ? relax() : void();
+    if (++polls_ < kSpins && !spun_enough()) return polls_ > kHotSpins ? relax() : void();
     const auto idle = check_deadline(work);
     if (idle < policy_.yield_for) {
       sched_yield();
@@ -81,10 +81,20 @@ class Wait {
   }
 
  private:
-  // A poll takes 10 to 50 ns: spinning covers the 5 µs that a small message needs, no more, since the rank waited for
-  // may need this core.
-  static constexpr std::uint64_t kSpins = 200, kHotSpins = 100;
+  // Spinning covers the 5 µs that a small message needs, no more, since the rank waited for may need this core. A poll
+  // takes 10 to 50 ns in memory that ranks share, 0.4 to 1 µs where MPI asks the network.
+  static constexpr std::uint64_t kSpins = 200, kHotSpins = 100, kPollsPerLook = 8;
+  static constexpr auto kSpinFor = std::chrono::microseconds(5);
   static constexpr auto kCheckEvery = std::chrono::milliseconds(50);
+
+  bool spun_enough() {
+    if (polls_ % kPollsPerLook != 0) return false;
+    const auto now = Clock::now();
+    if (polls_ == kPollsPerLook) spinning_since_ = now;
+    if (now - spinning_since_ < kSpinFor) return false;
+    polls_ = kSpins;
+    return true;
+  }
 
   void check_if_due(Clock::time_point now) {
     if (checked_ == Clock::time_point{}) checked_ = now;
@@ -103,7 +113,7 @@ class Wait {
   const WaitPolicy& policy_;
   std::uint64_t polls_ = 0;
   std::uint64_t progress_ = 0;
-  Clock::time_point idle_since_{}, checked_{};
+  Clock::time_point spinning_since_{}, idle_since_{}, checked_{};
 };
 
 }  // namespace fastdp::comm
