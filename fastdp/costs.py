@@ -22,6 +22,7 @@ FORMAT: Final = "fastdp costs 1"
 # Latency, a message or two, and what bandwidth alone decides; times between and beyond are on straight lines.
 SIZES: Final = (1 << 10, 1 << 16, 1 << 20)
 ROUNDS: Final = 5
+CHANGED: Final = 3.0  # times slower or faster: what was measured on a noisy day still holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,15 @@ class Chooser:
     def __init__(self, comm: Communicator, segment_bytes: int) -> None:
         self._comm, self._segment_bytes = comm, segment_bytes
         self._costs: dict[tuple[str, ...], Costs] = {}
+        self._chosen: dict[int, str] = {}
 
     def choose(self, nbytes: int) -> str:
-        names = self._candidates()
-        return names[0] if len(names) == 1 else self._of(names).cheapest(nbytes)
+        if nbytes not in self._chosen:
+            if len(self._chosen) == 1024:  # of sizes that keep changing
+                self._chosen.clear()
+            names = self._candidates()
+            self._chosen[nbytes] = names[0] if len(names) == 1 else self._of(names).cheapest(nbytes)
+        return self._chosen[nbytes]
 
     def explain(self, nbytes: int) -> str:
         comm = self._comm
@@ -86,13 +92,29 @@ class Chooser:
         library = _mpi.loaded_library().splitlines()[0].strip()
         machine = f"{os.cpu_count()} cores, {platform.machine()}"
         key = f"{shape}, {machine}, {library}, segments of {self._segment_bytes} bytes, {', '.join(algorithms)}"
-        cached = comm.bcast_object(_load().get(key) if comm.rank == 0 else None)
-        if cached is None:
+        cached = comm.bcast_object(_of_all(_load().get(key), algorithms) if comm.rank == 0 else None)
+        if cached is None or not self._holds(cached):
             cached = {algorithm: [_measure(comm, algorithm, nbytes) for nbytes in SIZES] for algorithm in algorithms}
             cached = comm.bcast_object(cached)
             if comm.rank == 0:
                 _store(key, cached)
         return Costs(cached)
+
+    def _holds(self, costs: dict[str, list[float]]) -> bool:
+        """The hosts' names tell nothing of the network that joins them today."""
+        algorithm, known = next(iter(costs.items()))
+        return 1 / CHANGED < _measure(self._comm, algorithm, SIZES[1]) / known[1] < CHANGED
+
+
+def _of_all(costs: object, algorithms: list[str]) -> dict[str, list[float]] | None:
+    """None where they are damaged."""
+    if not isinstance(costs, dict) or list(costs) != algorithms:
+        return None
+    whole = all(
+        isinstance(times, list) and len(times) == len(SIZES) and all(isinstance(t, float) and t > 0 for t in times)
+        for times in costs.values()
+    )
+    return costs if whole else None
 
 
 def _measure(comm: Communicator, algorithm: str, nbytes: int) -> float:
@@ -111,7 +133,7 @@ def _path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdp" / "all_reduce.json"
 
 
-def _load() -> dict[str, dict[str, list[float]]]:
+def _load() -> dict[str, object]:
     try:
         content = json.loads(_path().read_bytes())
         costs = content["costs"] if content["format"] == FORMAT else {}

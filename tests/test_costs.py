@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +37,7 @@ class Hosts:
     rank, size, hosts, shares_memory, meets_in_memory = 0, 2, 2, False, False
 
     def __init__(self) -> None:
-        self.measured = 0
+        self.measured, self.seconds = 0, 0.001
 
     def allgather_object(self, x: Any) -> list[Any]:
         return [x, f"other {x}"] if isinstance(x, str) else [x, x]
@@ -48,6 +50,7 @@ class Hosts:
 
     def all_reduce(self, x: Any, algorithm: str) -> None:
         self.measured += 1
+        time.sleep(self.seconds)
 
 
 @pytest.fixture
@@ -65,12 +68,15 @@ def test_costs_are_measured_once(comm: Hosts, tmp_path: Path) -> None:
         chooser = costs.Chooser(comm, 1024)  # type: ignore[arg-type]
         assert chooser.choose(100) in ("ring", "tree")
         assert "2 ranks of 2 hosts: " in chooser.explain(100) and "ring " in chooser.explain(100)
-    once = 2 * len(costs.SIZES) * (1 + costs.ROUNDS)
-    assert comm.measured == once
+    look = 1 + costs.ROUNDS  # whether the network is what it was
+    once = 2 * len(costs.SIZES) * look
+    assert comm.measured == once + look
     costs.Chooser(comm, 2048).choose(100)  # type: ignore[arg-type]
-    assert comm.measured == 2 * once  # other segments
+    assert comm.measured == 2 * once + look  # other segments
     (file,) = (tmp_path / "cache" / "fastdp").iterdir()
+    kept = json.loads(file.read_bytes())
     for damage in (
+        json.dumps({**kept, "costs": {key: {"ring": [1.0, 0.0, 1.0], "tree": []} for key in kept["costs"]}}).encode(),
         b"{",
         b"[]",
         b'{"format": "fastdp costs 0", "costs": 3}',
@@ -80,6 +86,15 @@ def test_costs_are_measured_once(comm: Hosts, tmp_path: Path) -> None:
         before = comm.measured
         costs.Chooser(comm, 1024).choose(100)  # type: ignore[arg-type]
         assert comm.measured == before + once
+
+
+def test_costs_are_measured_anew_on_another_network(comm: Hosts) -> None:
+    costs.Chooser(comm, 1024).choose(100)  # type: ignore[arg-type]
+    look, measured = 1 + costs.ROUNDS, comm.measured
+    comm.seconds *= 10
+    for expected in (measured + look + measured, measured + look + measured + look):
+        costs.Chooser(comm, 1024).choose(100)  # type: ignore[arg-type]
+        assert comm.measured == expected
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(

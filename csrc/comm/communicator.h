@@ -62,7 +62,8 @@ class Communicator {
             return sum_work(operation, x, into, count, dtype, algorithm);
           });
         },
-        header.algorithm == Algorithm::shared && operation == Operation::all_reduce ? data : nullptr);
+        header.algorithm == Algorithm::shared && operation == Operation::all_reduce ? data : nullptr,
+        algorithm == Algorithm::ring && out == data && dtype != DType::bfloat16);
   }
 
   // An all-reduce by loads and stores, at once: the same as start_sum and wait, without what makes those wait their
@@ -220,26 +221,38 @@ class Communicator {
     return header;
   }
 
-  // data: of an all-reduce by loads and stores, else null
-  std::int64_t start(Header header, InTurn::Make body, const void* data = nullptr) {
+  // data: of an all-reduce by loads and stores, else null. ahead: the body's first messages may go while the headers
+  // travel, as making it changes nothing.
+  std::int64_t start(Header header, InTurn::Make body, const void* data = nullptr, bool ahead = false) {
     const Busy busy(*this);
     if (header.algorithm == Algorithm::shared && header.operation <= Operation::reduce_scatter && !single_host())
       throw Failure("algorithm \"shared\" is for ranks that share memory");
     header.sequence = ++sequence_;
-    const auto roll = [this, header, data]() -> std::unique_ptr<Work> {
+    const auto roll = [=, this]() -> std::unique_ptr<Work> {
       if (single_host()) return std::make_unique<RollCall>(roll_call(header, data));
-      if (hosts_ != nullptr) return hosts_->exchange(header, buffers_->blocks, buffers_->headers);
-      buffers_->blocks.assign(size(), std::vector<Header>(1));
-      buffers_->blocks[rank()][0] = header;
-      return std::make_unique<HeaderExchange>(*transport_, buffers_->blocks, false);
+      auto headers = exchange(header);
+      if (ahead) {
+        while (!headers->done() && headers->advance()) {
+        }  // the headers go first
+        made_ = body();
+      }
+      return headers;
     };
     const auto compare = [this, header]() -> std::unique_ptr<Work> {
       if (single_host()) return this->compare(header);
       read_headers();
       return nullptr;
     };
-    running_.push_back({header, InTurn({roll, compare, std::move(body)})});
+    const auto go = [this, body] { return made_ != nullptr ? std::move(made_) : body(); };
+    running_.push_back({header, InTurn({roll, compare, go})});
     return sequence_;
+  }
+
+  std::unique_ptr<Work> exchange(const Header& mine) {
+    if (hosts_ != nullptr) return hosts_->exchange(mine, buffers_->blocks, buffers_->headers);
+    buffers_->blocks.assign(size(), std::vector<Header>(1));
+    buffers_->blocks[rank()][0] = mine;
+    return std::make_unique<HeaderExchange>(*transport_, buffers_->blocks, false);
   }
 
   Header sum_header(Operation operation, const void* data, const void* out, std::size_t count, DType dtype,
@@ -464,7 +477,8 @@ class Communicator {
   std::unique_ptr<Hosts> hosts_;
   Segments segments_;
   std::deque<Running> running_;
-  std::optional<Wait> wait_;  // for the first of them
+  std::unique_ptr<Work> made_;  // the first one's body, while its headers travel
+  std::optional<Wait> wait_;    // for the first of them
   Transport::Request library_request_{};
   std::int64_t sequence_ = 0, finished_ = 0;  // last that was started, last that ended
   bool note_ = false, noted_ = false, peers_missing_ = false;

@@ -76,7 +76,8 @@ inline constexpr std::size_t kReceiveBuffers = 2;
 inline constexpr std::size_t kSendsInFlight = 4;
 
 // The steps that make up `operation`: all_reduce, reduce_scatter or all_gather. data [chunks.back()] in place; scratch
-// [kReceiveBuffers * segment], unused by all_gather. Both must outlive the transport's requests if it is given up.
+// [kReceiveBuffers * segment], unused by all_gather. Both must outlive the transport's requests if it is given up. Its
+// first messages are under way once it is made; unless it is an all_gather, data is only read until it is advanced.
 template <class T>
 class Ring final : public Work {
  public:
@@ -85,19 +86,20 @@ class Ring final : public Work {
       : transport_(transport),
         data_(data),
         scratch_(scratch),
-        segment_(segment),
+        segment_(pipelined(chunks, segment)),
         chunks_(std::move(chunks)),
         next_((transport.rank() + 1) % transport.size()),
         previous_((transport.rank() + transport.size() - 1) % transport.size()),
         reducing_steps_(operation == Operation::all_gather ? 0 : transport.size() - 1),
-        to_send_(chunks_, reducing_steps_ ? previous_ : transport.rank(), reducing_steps_, segment),
-        to_post_(chunks_, (to_send_.first() + transport.size() - 1) % transport.size(), reducing_steps_, segment),
+        to_send_(chunks_, reducing_steps_ ? previous_ : transport.rank(), reducing_steps_, segment_),
+        to_post_(chunks_, (to_send_.first() + transport.size() - 1) % transport.size(), reducing_steps_, segment_),
         to_use_(to_post_) {
     const int steps = reducing_steps_ + (operation == Operation::reduce_scatter ? 0 : transport.size() - 1);
     total_sends_ = to_send_.segments_in(steps);
     total_receives_ = to_post_.segments_in(steps);
     reducing_ = to_post_.segments_in(reducing_steps_);
     own_ = to_send_.segments_in(1);
+    post();
   }
   Ring(const Ring&) = delete;  // the streams look at chunks_
   Ring& operator=(const Ring&) = delete;
@@ -130,6 +132,16 @@ class Ring final : public Work {
   }
 
  private:
+  static constexpr std::size_t kLeastBytes = 64 * 1024;
+
+  // Two segments of a chunk keep the wire busy while ranks add; messages below 64 KiB cost more than they give
+  // where cores have more to do than the wire (4 hosts on 2 cores).
+  static std::size_t pipelined(const std::vector<std::size_t>& chunks, std::size_t segment) {
+    std::size_t longest = 0;
+    for (std::size_t c = 1; c < chunks.size(); ++c) longest = std::max(longest, chunks[c] - chunks[c - 1]);
+    return std::min(segment, std::max<std::size_t>((longest + 1) / 2, kLeastBytes / sizeof(T)));
+  }
+
   void post() {
     constexpr auto channel = Transport::Channel::data;
     while (posted_ < total_receives_ && posted_ - received_ < kReceiveBuffers) {
