@@ -107,17 +107,17 @@ def sparse(comm: Any) -> Medians:
     dense, ordinary = comm.empty(rows * width).view(rows, width), torch.zeros(rows, width)
     index, values = torch.empty(0), torch.empty(0)
 
-    def prepare() -> None:
+    def prepare(table: torch.Tensor | None = None) -> None:
         nonlocal index, values
         index = torch.randint(0, rows, (touched,), generator=generator)
         values = torch.randn(touched, width, generator=generator)
-        for table in (dense, ordinary):
+        if table is not None:
             table.zero_()[index] = values
 
     calls = {
         "sparse_all_reduce": (prepare, lambda: comm.sparse_all_reduce(index, values, rows)),
-        "all_reduce of the table in the window": (prepare, lambda: comm.all_reduce(dense)),
-        "all_reduce of the table": (prepare, lambda: comm.all_reduce(ordinary)),
+        "all_reduce of the table in the window": (lambda: prepare(dense), lambda: comm.all_reduce(dense)),
+        "all_reduce of the table": (lambda: prepare(ordinary), lambda: comm.all_reduce(ordinary)),
     }
     return rounds(comm, calls, 15)
 

@@ -38,6 +38,9 @@ class SharedMemory:
     def address(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+def row_outside(indices: int, count: int, table: int) -> int:
+    """The place of the first of `count` indices (int64, at that address) that is not in [0, table), or count."""
+
 class RowSum:
     """csrc/comm/sparse.h: the sum of lists of rows of a table: addresses of indices, how many, addresses of values."""
 
@@ -68,6 +71,10 @@ class Communicator:
     def share_cores(self) -> None:
         """Ranks outnumber cores: waits sleep at once instead of yielding first."""
     def fail(self, reason: str) -> None: ...
+    def leave_rows(self, rows: tuple[int, int, int], row_bytes: int) -> None:
+        """Where ranks that share memory find them; between two meetings. rows: addresses as of RowSum's lists."""
+    def rows_left(self, row_bytes: int) -> list[tuple[int, int, int]]:
+        """After the second: of all ranks, or none if some have no room."""
     def join(self, host: list[int], memory: SharedMemory, processes: list[tuple[int, int]]) -> None: ...
     def add_segment(self, memory: SharedMemory, number: int, part_bytes: int, local_rank: int) -> None: ...
     def shared_sum(

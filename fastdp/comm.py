@@ -297,7 +297,7 @@ class Communicator:
         Exact: what `all_reduce` of the tables gives, but for the order of sums, which is that of ranks; the same bits
         on all ranks. Source: Zhao & Canny 2013.
         """
-        return self._sparse_sum(indices, values, numel)
+        return self._sparse_sum(self._native, indices, values, numel)
 
     def shard(self, optimizer: torch.optim.Optimizer, spans: Sequence[Span]) -> Sharded:
         """The parameters of `optimizer`, at `spans`, and a flat buffer for their gradients, to be stepped by

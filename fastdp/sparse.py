@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastdp.errors import require
+from fastdp.errors import ArgumentError, require
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fastdp import _mpi
     from fastdp.clipping import Span
     from fastdp.comm import Communicator
 
 DTYPES = (torch.float32, torch.float64)
 HEAD = 8  # bytes: how many rows come
+Rows = tuple[int, int, int]  # the address of their indices, how many they are, the address of their values
 
 
 class SparseSum:
@@ -28,35 +30,50 @@ class SparseSum:
         self._comm = comm
         self._packet = self._arrived = torch.empty(0, dtype=torch.uint8)
 
-    def __call__(self, indices: Tensor, values: Tensor, table: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, native: _mpi.Communicator | None, indices: Tensor, values: Tensor, table: int
+    ) -> tuple[Tensor, Tensor]:
         comm = self._comm
         check(indices, values, table)
-        width = values.shape[1]
-        row = 8 + width * values.itemsize
-        if comm.size == 1:
-            return _add_up([(indices.data_ptr(), len(indices), values.data_ptr())], table, values)
-        comm.meet("sparse_all_reduce", table, values.dtype, width)
-        arrived = comm.gather(self._packed(indices, values), -1, self._room)
-        lists, address, end = [], arrived.data_ptr(), arrived.data_ptr() + arrived.numel()
-        while address < end:
-            count = ctypes.c_int64.from_address(address).value
-            lists.append((address + HEAD, count, address + HEAD + 8 * count))
-            address += HEAD + count * row
+        rows = (indices.data_ptr(), len(indices), values.data_ptr())
+        if native is None:
+            return _add_up([rows], table, values)
+        comm.meet("sparse_all_reduce", table, values.dtype, values.shape[1])
+        lists = self._in_memory(native, rows, values) or self._gathered(indices, values)
         if sum(count for _, count, _ in lists) > 2 * table:  # more than the dense sum moves
             return self._dense(indices, values, table)
         return _add_up(lists, table, values)
 
+    def _in_memory(self, native: _mpi.Communicator, rows: Rows, values: Tensor) -> list[Rows]:
+        """Everybody's, where they lie in memory that all ranks share; none if some do not fit there."""
+        if not self._comm.meets_in_memory:
+            return []
+        row_bytes = values.shape[1] * values.itemsize
+        native.leave_rows(rows, row_bytes)
+        self._comm.meet("barrier")
+        return native.rows_left(row_bytes)
+
+    def _gathered(self, indices: Tensor, values: Tensor) -> list[Rows]:
+        arrived = self._comm.gather(self._packed(indices, values), -1, self._room)
+        lists, address, end = [], arrived.data_ptr(), arrived.data_ptr() + arrived.numel()
+        while address < end:
+            count = ctypes.c_int64.from_address(address).value
+            lists.append((address + HEAD, count, address + HEAD + 8 * count))
+            address += HEAD + count * (8 + values.shape[1] * values.itemsize)
+        return lists
+
     def _packed(self, indices: Tensor, values: Tensor) -> Tensor:
         """How many rows, their indices, and their values."""
-        begin, end = HEAD + indices.nbytes, HEAD + indices.nbytes + values.nbytes
+        end = HEAD + indices.nbytes + values.nbytes
         if self._packet.numel() < end:
             self._packet = torch.empty(end, dtype=torch.uint8)
-        packet = self._packet[:end]
-        packet[:HEAD].view(torch.int64)[0] = len(indices)
-        packet[HEAD:begin].view(torch.int64).copy_(indices)
-        if values.numel():
-            ctypes.memmove(packet.data_ptr() + begin, values.data_ptr(), values.nbytes)
-        return packet
+        address = self._packet.data_ptr()
+        ctypes.c_int64.from_address(address).value = len(indices)
+        for part in (indices, values):  # not by torch: its code is cold here, and takes as long as the sum
+            if part.numel():
+                ctypes.memmove(address + HEAD, part.data_ptr(), part.nbytes)
+            address += part.nbytes
+        return self._packet[:end]
 
     def _room(self, nbytes: int) -> Tensor:
         if self._arrived.numel() < nbytes:
@@ -74,7 +91,7 @@ class SparseSum:
         return touched, dense[touched]
 
 
-def _add_up(lists: list[tuple[int, int, int]], table: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _add_up(lists: list[Rows], table: int, like: Tensor) -> tuple[Tensor, Tensor]:
     from fastdp import _mpi
 
     rows, width = _mpi.RowSum(lists, table), like.shape[1]
@@ -109,7 +126,8 @@ def check(indices: Tensor, values: Tensor, table: int) -> None:
     require(indices.dim() == 1, "indices.shape", list(indices.shape), "[K]")
     fits = values.dim() == 2 and values.shape[0] == indices.shape[0]
     require(fits, "values.shape", list(values.shape), f"[{indices.shape[0]}, width]")
-    if len(indices):
-        for place in (int(indices.argmin()), int(indices.argmax())):
-            index = int(indices[place])
-            require(0 <= index < table, f"indices[{place}]", index, f"a row in [0, {table})")
+    from fastdp import _mpi
+
+    place = _mpi.row_outside(indices.data_ptr(), len(indices), table)
+    if place < len(indices):
+        raise ArgumentError(f"indices[{place}]", int(indices[place]), f"a row in [0, {table})")

@@ -160,6 +160,7 @@ class Communicator {
   bool single_host() const { return hosts_ != nullptr && hosts_->single(); }
   Transport& transport() { return *transport_; }
   Segments& segments() { return segments_; }
+  Team& team() { return hosts_->team(); }  // once joined
   // Empty, or why this communicator is unusable.
   const std::string& failure() const { return failure_; }
   // Whether MPI may wait for a rank that is gone, or memory passed to a failed collective be read or written by a late

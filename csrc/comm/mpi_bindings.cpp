@@ -107,6 +107,13 @@ void bind_memory(py::module_& m) {
   m.attr("max_local_ranks") = Team::kMaxRanks;
 }
 
+using RowAddresses = std::tuple<std::uintptr_t, std::size_t, std::uintptr_t>;
+
+RowList rows_at(const RowAddresses& addresses) {
+  const auto& [indices, count, values] = addresses;
+  return {reinterpret_cast<const std::int64_t*>(indices), count, reinterpret_cast<const void*>(values)};
+}
+
 std::string loaded_library() {
   // 8192 is MPICH's MPI_MAX_LIBRARY_VERSION_STRING, Open MPI's is 256: when the library that is loaded is not the
   // one compiled for, and that is what this call finds out, the larger one is needed.
@@ -212,13 +219,16 @@ PYBIND11_MODULE(_mpi, m) {
   });
 
   bind_memory(m);
-  using Rows = std::tuple<std::uintptr_t, std::size_t, std::uintptr_t>;
+  m.def(
+      "row_outside",
+      [](std::uintptr_t indices, std::size_t count, std::int64_t table) {
+        return row_outside(reinterpret_cast<const std::int64_t*>(indices), count, table);
+      },
+      py::arg("indices"), py::arg("count"), py::arg("table"));
   py::class_<RowSum>(m, "RowSum")
-      .def(py::init([](const std::vector<Rows>& lists, std::int64_t table) {
+      .def(py::init([](const std::vector<RowAddresses>& lists, std::int64_t table) {
              std::vector<RowList> rows;
-             for (const auto& [indices, count, values] : lists)
-               rows.push_back(
-                   {reinterpret_cast<const std::int64_t*>(indices), count, reinterpret_cast<const void*>(values)});
+             for (const RowAddresses& addresses : lists) rows.push_back(rows_at(addresses));
              return RowSum(std::move(rows), table);
            }),
            py::arg("lists"), py::arg("table"))
@@ -246,6 +256,21 @@ PYBIND11_MODULE(_mpi, m) {
       .def("set_note", &Communicator::set_note, py::arg("note"))
       .def("share_cores", &Communicator::share_cores)
       .def("fail", &Communicator::fail, py::arg("reason"))
+      .def(
+          "leave_rows",
+          [](Communicator& self, const RowAddresses& rows, std::size_t row_bytes) {
+            leave_rows(self.team(), rows_at(rows), row_bytes);
+          },
+          py::arg("rows"), py::arg("row_bytes"))
+      .def(
+          "rows_left",
+          [](Communicator& self, std::size_t row_bytes) {
+            std::vector<RowAddresses> lists;
+            for (const RowList& rows : rows_left(self.team(), row_bytes))
+              lists.emplace_back(address_of(rows.indices), rows.count, address_of(rows.values));
+            return lists;
+          },
+          py::arg("row_bytes"))
       .def(
           "join",
           [](Communicator& self, const std::vector<int>& host, const std::shared_ptr<SharedMemory>& memory,

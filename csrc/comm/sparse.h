@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "team.h"
 #include "transport.h"
 
 namespace fastdp::comm {
@@ -19,6 +20,48 @@ struct RowList {
   std::size_t count;
   const void* values;
 };
+
+// Where a rank of a host leaves its rows for the others: how many, indices, values. It does so after one meeting, and
+// they read before the next but one.
+struct RowRoom {
+  static constexpr std::size_t kLine = 64;
+  std::byte* begin;
+  std::size_t count, row_bytes;
+
+  std::byte* indices() const { return begin + kLine; }
+  std::byte* values() const { return indices() + (count * sizeof(std::int64_t) + kLine - 1) / kLine * kLine; }
+  bool fits() const {
+    constexpr std::size_t bytes = Team::kSlots * Team::kSlotBytes;
+    return count <= bytes / sizeof(std::int64_t) / 2 && (values() - begin) + count * row_bytes <= bytes;
+  }
+};
+
+// Where they do not fit, only how many.
+inline void leave_rows(Team& team, const RowList& rows, std::size_t row_bytes) {
+  const RowRoom room{team.slot(team.rank(), 0), rows.count, row_bytes};
+  std::memcpy(room.begin, &rows.count, sizeof rows.count);
+  if (!room.fits()) return;
+  team.hand_over(room.indices(), rows.indices, rows.count * sizeof(std::int64_t));
+  team.hand_over(room.values(), rows.values, rows.count * row_bytes);
+}
+
+// Of all ranks; none where some do not fit.
+inline std::vector<RowList> rows_left(const Team& team, std::size_t row_bytes) {
+  std::vector<RowList> lists;
+  for (int rank = 0; rank < team.size(); ++rank) {
+    RowRoom room{team.slot(rank, 0), 0, row_bytes};
+    std::memcpy(&room.count, room.begin, sizeof room.count);
+    if (!room.fits()) return {};
+    lists.push_back({reinterpret_cast<const std::int64_t*>(room.indices()), room.count, room.values()});
+  }
+  return lists;
+}
+
+// The first of indices [count] that is not in [0, table), or count.
+inline std::size_t row_outside(const std::int64_t* indices, std::size_t count, std::int64_t table) {
+  const auto outside = [=](std::int64_t index) { return index < 0 || index >= table; };
+  return static_cast<std::size_t>(std::find_if(indices, indices + count, outside) - indices);
+}
 
 // The sum of lists of rows: rows of the same index are added up in the order of the lists, and within one in its order.
 // Indices must lie in [0, table).

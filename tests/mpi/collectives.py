@@ -91,8 +91,16 @@ def check_handles(c: comm.Communicator, segment_bytes: int) -> None:
 
 
 def check_sparse(c: comm.Communicator) -> None:
-    """Against the dense sum: rows that several ranks have, or one has twice; ranks without any; all of the table."""
-    for table, width, most in ((1, 1, 3), (50, 3, 10), (3_000_000, 32, 100), (40, 5, 200), (7, 0, 2)):
+    """Against the dense sum: rows that several ranks have, or one has twice; ranks without any; all of the table;
+    more than there is room for in the memory that ranks share."""
+    for table, width, most in (
+        (1, 1, 3),
+        (50, 3, 10),
+        (3_000_000, 32, 100),
+        (40, 5, 200),
+        (7, 0, 2),
+        (10**6, 64, 6000),
+    ):
         for dtype in (torch.float32, torch.float64):
             parts = []
             for rank in range(c.size):
