@@ -68,6 +68,7 @@ CUT_OFF = [
     "all_reduce ring",
     "all_reduce tree messages",
     "all_reduce hierarchical",
+    "all_reduce hierarchical hosts",
     "reduce_scatter",
     "all_gather",
     "broadcast",

@@ -146,6 +146,7 @@ class Communicator {
     if (!failure_.empty()) return;
     failure_ = reason;
     if (hosts_ != nullptr) hosts_->team().give_up(reason);
+    if (!single_host()) transport_->give_up(reason);
   }
 
   // Ranks outnumber the cores that they may use.
@@ -253,7 +254,7 @@ class Communicator {
     if (hosts_ != nullptr) return hosts_->exchange(mine, buffers_->blocks, buffers_->headers);
     buffers_->blocks.assign(size(), std::vector<Header>(1));
     buffers_->blocks[rank()][0] = mine;
-    return std::make_unique<HeaderExchange>(*transport_, buffers_->blocks, false);
+    return std::make_unique<HeaderExchange>(*transport_, buffers_->blocks);
   }
 
   Header sum_header(Operation operation, const void* data, const void* out, std::size_t count, DType dtype,
@@ -334,6 +335,9 @@ class Communicator {
   void check_peers() {
     signals_();
     if (hosts_ != nullptr) hosts_->team().check();
+    if (single_host()) return;
+    const std::string news = transport_->heard();
+    if (!news.empty()) throw Failure(news, Failure::Peers::missing);
   }
 
   // After the roll call: whether all called the same. If not, or if all need to know what the others said (parts of an

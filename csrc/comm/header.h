@@ -89,10 +89,9 @@ inline std::string list_ranks(std::span<const int> ranks) {
 class HeaderExchange final : public Work {
  public:
   // blocks [transport.size()]: of each rank, what it has to say, its own among them; they must outlive the transport's
-  // requests if this is given up. for_hosts: whether each speaks for others, too.
-  HeaderExchange(Transport& transport, std::vector<std::vector<Header>>& blocks, bool for_hosts)
+  // requests if this is given up.
+  HeaderExchange(Transport& transport, std::vector<std::vector<Header>>& blocks)
       : transport_(transport),
-        for_hosts_(for_hosts),
         sends_(blocks.size()),
         receives_(blocks.size()),
         arrived_(blocks.size()),
@@ -127,12 +126,12 @@ class HeaderExchange final : public Work {
     std::vector<int> absent;
     for (std::size_t peer = 0; peer < arrived_.size(); ++peer)
       if (!arrived_[peer] || !sent_[peer]) absent.push_back(transport_.name(static_cast<int>(peer)));
-    return list_ranks(absent) + (for_hosts_ ? ", or others of their hosts," : "") + " did not call it";
+    return list_ranks(absent) + (transport_.between_hosts() ? ", or others of their hosts," : "") + " did not call it";
   }
+  double grace() const override { return transport_.between_hosts() ? kForOtherHosts : 0.0; }
 
  private:
   Transport& transport_;
-  bool for_hosts_;
   std::vector<Transport::Request> sends_, receives_;
   std::vector<char> arrived_, sent_;
   std::size_t missing_;

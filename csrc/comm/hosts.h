@@ -56,7 +56,7 @@ class Hosts {
       for (std::size_t host = 0; host < ranks_.size(); ++host) blocks[host].resize(ranks_[host].size());
       for (int rank = 0; rank < team_->size(); ++rank)
         std::memcpy(&blocks[here_][rank], team_->letter(rank, mine.sequence).data, sizeof mine);
-      return std::make_unique<HeaderExchange>(*column_, blocks, true);
+      return std::make_unique<HeaderExchange>(*column_, blocks);
     };
     const auto publish = [this, &blocks, &all]() -> std::unique_ptr<Work> {
       if (team_->rank() == 0) {

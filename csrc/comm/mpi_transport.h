@@ -88,7 +88,31 @@ class MpiTransport final : public Transport {
     return done;
   }
 
+  // The text is left to MPI, which may send it later. Errors say nothing new: this rank has failed, and whoever is not
+  // told has a deadline.
+  void give_up(const std::string& reason) override {
+    const auto* text = new std::string(reason.substr(0, kNewsBytes));
+    MPI_Request request;
+    for (int to = 0; to < size_; ++to)
+      if (to != rank_)
+        MPI_Isend(text->data(), static_cast<int>(text->size()), MPI_CHAR, to, static_cast<int>(Channel::news), comm_,
+                  &request);
+  }
+
+  std::string heard() override {
+    int there = 0, length = 0;
+    MPI_Status status;
+    const int tag = static_cast<int>(Channel::news);
+    check_mpi(MPI_Iprobe(MPI_ANY_SOURCE, tag, comm_, &there, &status), "MPI_Iprobe");
+    if (!there) return {};
+    char text[kNewsBytes];
+    check_mpi(MPI_Get_count(&status, MPI_CHAR, &length), "MPI_Get_count");
+    check_mpi(MPI_Recv(text, length, MPI_CHAR, status.MPI_SOURCE, tag, comm_, MPI_STATUS_IGNORE), "MPI_Recv");
+    return "rank " + std::to_string(status.MPI_SOURCE) + " gave up: " + std::string(text, length);
+  }
+
  private:
+  static constexpr std::size_t kNewsBytes = 1024;
   static_assert(sizeof(MPI_Request) <= sizeof(Request));
 
   static Request pack(MPI_Request request) {

@@ -130,6 +130,7 @@ class Ring final : public Work {
     return "rank " + std::to_string(transport_.name(next_)) + " took nothing (segment " + std::to_string(sent_) +
            " of " + std::to_string(total_sends_) + ")";
   }
+  double grace() const override { return transport_.between_hosts() ? kForOtherHosts : 0.0; }
 
  private:
   static constexpr std::size_t kLeastBytes = 64 * 1024;

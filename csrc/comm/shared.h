@@ -25,7 +25,6 @@ class TeamWork : public Work {
  public:
   explicit TeamWork(Team& team) : team_(team) {}
   std::string missing() const override { return team_.absent(awaited_) + " did not go on"; }
-  double grace() const override { return team_.among_hosts ? 2.0 : 0.0; }
   void sleep(std::chrono::microseconds at_most) const override {
     const int late = team_.lagging(awaited_);
     if (late >= 0) team_.sleep(late, awaited_, at_most);
@@ -46,6 +45,7 @@ class Meeting : public TeamWork {
   explicit Meeting(Team& team) : TeamWork(team) { come(); }
   bool advance() override { return done_ = reached(awaited_); }
   bool done() const override { return done_; }
+  double grace() const override { return team_.among_hosts ? kForOwnHost : 0.0; }
 
  protected:
   struct Later {};
@@ -68,6 +68,7 @@ class RollCall final : public Meeting {
     come();
   }
   std::string missing() const override { return team_.absent(awaited_) + " did not call it"; }
+  double grace() const override { return 0.0; }  // nobody who has not called it waits for others
 };
 
 // An all-reduce of tensors that all ranks can reach: each rank sums a part over all of them and stores it in each.

@@ -26,32 +26,38 @@ class Transport {
   // Wide enough for MPICH's int and Open MPI's pointer, so that requests need no table.
   using Request = std::uint64_t;
   // Headers have a channel of their own: a rank that is ahead can never have one taken for data.
-  enum class Channel { header, data, second_tree };
+  enum class Channel { header, data, second_tree, news };
 
   virtual ~Transport() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
   // What users know a rank by.
   virtual int name(int rank) const { return rank; }
+  // Each of its ranks speaks for a host, and may wait for the others of that host.
+  virtual bool between_hosts() const { return false; }
 
   // `buffer` must outlive the request, whatever happens. At most kMaxMessageBytes.
   virtual Request send(const void* buffer, std::size_t bytes, int to, Channel channel) = 0;
   virtual Request receive(void* buffer, std::size_t bytes, int from, Channel channel) = 0;
   // The all-reduce of the library below, in place; refused where there is none.
   virtual Request all_reduce(void* data, std::size_t count, DType dtype) = 0;
+  // Tells all others, as well as it can, why this rank gives up; and what another has told, or nothing.
+  virtual void give_up(const std::string& reason) = 0;
+  virtual std::string heard() = 0;
   // Makes progress; true once, when the request is complete.
   virtual bool test(Request& request) = 0;
   // Requests whose completion test() has not reported: while there are any, their buffers may still be read or written.
   virtual std::size_t outstanding() const = 0;
 };
 
-// Some of the ranks, numbered from 0 among themselves: say, one of each host.
+// One rank of each host, numbered from 0 among themselves.
 class Subset final : public Transport {
  public:
   Subset(Transport& of, std::vector<int> ranks, int rank) : of_(of), ranks_(std::move(ranks)), rank_(rank) {}
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(ranks_.size()); }
   int name(int rank) const override { return of_.name(ranks_[rank]); }
+  bool between_hosts() const override { return true; }
   Request send(const void* buffer, std::size_t bytes, int to, Channel channel) override {
     return of_.send(buffer, bytes, ranks_[to], channel);
   }
@@ -59,6 +65,8 @@ class Subset final : public Transport {
     return of_.receive(buffer, bytes, ranks_[from], channel);
   }
   Request all_reduce(void*, std::size_t, DType) override { throw Failure("a part of the ranks has no MPI_Allreduce"); }
+  void give_up(const std::string& reason) override { of_.give_up(reason); }
+  std::string heard() override { return of_.heard(); }
   bool test(Request& request) override { return of_.test(request); }
   std::size_t outstanding() const override { return of_.outstanding(); }
 

@@ -21,8 +21,10 @@ class Work {
   virtual bool done() const = 0;
   // What it waits for, for an error's text; only while it is not done.
   virtual std::string missing() const = 0;
-  // Seconds beyond the deadline, where those who are waited for may themselves wait for others: they tell more.
+  // Seconds beyond the deadline, where those who are waited for may themselves wait for others: they tell more. A rank
+  // that speaks for its host may wait for another of it, and that host's others for what comes from other hosts.
   virtual double grace() const { return 0.0; }
+  static constexpr double kForOtherHosts = 1.0, kForOwnHost = 2.0;
   // Until something may have moved, or `at_most` has passed. Messages make progress only when they are asked about:
   // this is 70 µs in effect, by the kernel's timer slack. Less slack and 5 µs of sleep took 130 ms for the ring of 4
   // bytes of 8 ranks on 2 cores that takes 2 ms so.

@@ -22,7 +22,7 @@ import torch
 from mpi4py import MPI
 from torch import nn
 
-from fastdp import comm
+from fastdp import comm, hosts
 from fastdp.clipping import spans_of
 from fastdp.errors import CommError
 
@@ -100,10 +100,13 @@ def interrupted_while_it_moves() -> None:
 def cut_off(signal_number: int, collective: str) -> None:
     """Rank 1 is killed or stopped somewhere in a row of collectives. One that has ended is known by its process long
     before the timeout; one that has stopped, at the timeout, and the error says so. "messages": none is shared, and
-    MPI may notice a death before the timeout."""
+    MPI may notice a death before the timeout. "hosts": rank 2 is on another host, and is told."""
     name, *how = collective.split()
     in_memory = "messages" not in how
     killed = signal_number == signal.SIGKILL
+    if "hosts" in how:
+        host = "another" if MPI.COMM_WORLD.rank == 2 else "one"
+        hosts.name = lambda: (host, "", "")
     c = comm.init(timeout=10 * TIMEOUT if killed and in_memory else TIMEOUT, shared_memory=in_memory)
     count = 100 if "small" in how else 4_000_000
     x = c.empty(count) if "window" in how else torch.zeros(count)
