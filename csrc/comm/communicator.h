@@ -1,28 +1,28 @@
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <deque>
 #include <functional>
 #include <memory>
-#include <new>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
+#include "algorithms.h"
 #include "broadcast.h"
 #include "header.h"
 #include "hosts.h"
-#include "ring.h"
 #include "segments.h"
 #include "shared.h"
 #include "transport.h"
-#include "tree.h"
 #include "wait.h"
-#include "widened.h"
 
 namespace fastdp::comm {
 
@@ -36,7 +36,10 @@ class Communicator {
         signals_(std::move(policy.check)),
         policy_{policy.timeout_seconds, [this] { check_peers(); }, std::move(policy.let_go), policy.yield_for},
         segment_bytes_(segment_bytes),
-        buffers_(std::make_unique<Buffers>(transport_->size(), segment_bytes)) {}
+        headers_(std::make_unique<Headers>()),
+        algorithms_(std::make_unique<Algorithms>(*transport_, segments_, segment_bytes)) {
+    headers_->of.resize(transport_->size());
+  }
   Communicator(const Communicator&) = delete;
   Communicator& operator=(const Communicator&) = delete;
 
@@ -45,7 +48,10 @@ class Communicator {
   }
 
   // From now on the ranks of this host meet in `memory`, and the hosts are known. Between collectives, on all ranks.
-  void join(std::unique_ptr<Hosts> hosts) { hosts_ = std::move(hosts); }
+  void join(std::unique_ptr<Hosts> hosts) {
+    hosts_ = std::move(hosts);
+    algorithms_->join(*hosts_);
+  }
 
   // Sums data [count] over the ranks into out, which is data or does not overlap it: all of it, or for a reduce_scatter
   // this rank's chunk (even_chunks), and then the other chunks are left with anything.
@@ -53,15 +59,7 @@ class Communicator {
                          Algorithm algorithm) {
     const Header header = sum_header(operation, data, out, count, dtype, algorithm);
     return start(
-        header,
-        [=, this] {
-          return as_numbers(dtype, [&](auto number) {
-            using T = decltype(number);
-            T *x = static_cast<T*>(data), *into = static_cast<T*>(out);
-            if (algorithm == Algorithm::shared) return shared_sum(running_.front().header, x, into);
-            return sum_work(operation, x, into, count, dtype, algorithm);
-          });
-        },
+        header, [=, this] { return algorithms_->sum(running_.front().header, data, out); },
         header.algorithm == Algorithm::shared && operation == Operation::all_reduce ? data : nullptr,
         algorithm == Algorithm::ring && out == data && dtype != DType::bfloat16);
   }
@@ -78,11 +76,7 @@ class Communicator {
       RollCall roll = roll_call(header, data);
       wait.finish(roll);
       if (const auto differ = compare(header)) wait.finish(*differ);
-      as_numbers(dtype, [&](auto number) {
-        using T = decltype(number);
-        const auto work = shared_sum(header, static_cast<T*>(data), static_cast<T*>(out));
-        if (work != nullptr) wait.finish(*work);
-      });
+      if (const auto work = algorithms_->sum(header, data, out)) wait.finish(*work);
     });
     finished_ = sequence_;
   }
@@ -95,11 +89,11 @@ class Communicator {
     header.out = out;
     return start(header, [=, this] {
       std::vector<std::size_t> begins{0};  // bytes
-      for (const Header& each : buffers_->headers)
+      for (const Header& each : headers_->of)
         begins.push_back(begins.back() + static_cast<std::size_t>(each.count) * item_bytes(dtype));
       auto* bytes = static_cast<std::uint8_t*>(result(begins.back() / item_bytes(dtype)));
       if (count > 0) std::memmove(bytes + begins[rank()], part, count * item_bytes(dtype));
-      return move_work(bytes, std::move(begins));
+      return algorithms_->move(bytes, std::move(begins));
     });
   }
 
@@ -113,7 +107,7 @@ class Communicator {
         return std::make_unique<TreeBroadcast>(*transport_, static_cast<std::byte*>(data), bytes, root, segment_bytes_);
       std::vector<std::size_t> parts(size() + 1, 0);
       std::fill(parts.begin() + root + 1, parts.end(), bytes);
-      return move_work(static_cast<std::uint8_t*>(data), std::move(parts));
+      return algorithms_->move(static_cast<std::uint8_t*>(data), std::move(parts));
     });
   }
 
@@ -169,18 +163,9 @@ class Communicator {
   bool pending() const { return peers_missing_ || transport_->outstanding() > 0; }
 
  private:
-  struct Buffers {
-    Buffers(int size, std::size_t segment_bytes)
-        : headers(size),
-          scratch(static_cast<std::byte*>(
-              ::operator new(kTrees * kReceiveBuffers * segment_bytes, std::align_val_t{kCacheLine}))) {}
-    ~Buffers() { ::operator delete(scratch, std::align_val_t{kCacheLine}); }
-    Buffers(const Buffers&) = delete;
-    Buffers& operator=(const Buffers&) = delete;
-    static constexpr std::size_t kCacheLine = 64;
-    std::vector<Header> headers;              // [size], own one included
+  struct Headers {
+    std::vector<Header> of;                   // [size], own one included
     std::vector<std::vector<Header>> blocks;  // as they travel
-    std::byte* scratch;  // [kTrees * kReceiveBuffers * segment_bytes]; the ring leaves half of it untouched
   };
 
   struct Running {
@@ -209,7 +194,9 @@ class Communicator {
   // at most kTrees * kReceiveBuffers segments per failed communicator. The caller's tensor is kept alive by
   // fastdp/comm.py.
   void abandon() {
-    static_cast<void>(buffers_.release());
+    static_cast<void>(headers_.release());
+    static_cast<void>(algorithms_.release());
+    static_cast<void>(made_.release());
     static_cast<void>(new std::deque<Running>(std::move(running_)));
   }
 
@@ -251,10 +238,10 @@ class Communicator {
   }
 
   std::unique_ptr<Work> exchange(const Header& mine) {
-    if (hosts_ != nullptr) return hosts_->exchange(mine, buffers_->blocks, buffers_->headers);
-    buffers_->blocks.assign(size(), std::vector<Header>(1));
-    buffers_->blocks[rank()][0] = mine;
-    return std::make_unique<HeaderExchange>(*transport_, buffers_->blocks);
+    if (hosts_ != nullptr) return hosts_->exchange(mine, headers_->blocks, headers_->of);
+    headers_->blocks.assign(size(), std::vector<Header>(1));
+    headers_->blocks[rank()][0] = mine;
+    return std::make_unique<HeaderExchange>(*transport_, headers_->blocks);
   }
 
   Header sum_header(Operation operation, const void* data, const void* out, std::size_t count, DType dtype,
@@ -362,8 +349,8 @@ class Communicator {
     const auto read = [this, mine]() -> std::unique_ptr<Work> {
       const Team& team = hosts_->team();
       for (int rank = 0; rank < team.size(); ++rank)
-        std::memcpy(&buffers_->headers[rank], team.letter(rank, mine.sequence).data, sizeof mine);
-      require_same(buffers_->headers);
+        std::memcpy(&headers_->of[rank], team.letter(rank, mine.sequence).data, sizeof mine);
+      require_same(headers_->of);
       return nullptr;
     };
     return std::make_unique<InTurn>(std::vector<InTurn::Make>{tell, read});
@@ -371,120 +358,23 @@ class Communicator {
 
   void read_headers() {
     if (hosts_ == nullptr)
-      for (int rank = 0; rank < size(); ++rank) buffers_->headers[rank] = buffers_->blocks[rank][0];
-    require_same(buffers_->headers);
+      for (int rank = 0; rank < size(); ++rank) headers_->of[rank] = headers_->blocks[rank][0];
+    require_same(headers_->of);
     noted_ = false;
-    for (const Header& header : buffers_->headers) noted_ = noted_ || header.note != 0;
-  }
-
-  template <class Body>
-  static auto as_numbers(DType dtype, Body body) -> decltype(body(0.0F)) {
-    switch (dtype) {
-      case DType::float32: return body(0.0F);
-      case DType::float64: return body(0.0);
-      case DType::int64: return body(std::int64_t{0});
-      case DType::bfloat16: return body(bf16{});
-      default: throw Failure("this dtype cannot be summed");
-    }
-  }
-
-  template <class T>
-  T* scratch() {
-    return reinterpret_cast<T*>(buffers_->scratch);
-  }
-
-  template <class T>
-  std::unique_ptr<Work> sum_work(Operation operation, T* x, T* out, std::size_t count, DType dtype,
-                                 Algorithm algorithm) {
-    if (out != x) std::memcpy(out, x, count * sizeof(T));
-    if constexpr (std::is_same_v<T, bf16>) {
-      return std::make_unique<Widened>(out, count, [=, this](float* wide) {
-        return message_sum(operation, wide, count, DType::float32, algorithm);
-      });
-    } else {
-      return message_sum(operation, out, count, dtype, algorithm);
-    }
-  }
-
-  // Once all headers are known. Null: it is done already.
-  template <class T>
-  std::unique_ptr<Work> shared_sum(const Header& mine, T* x, T* out) {
-    Team& team = hosts_->team();
-    const auto count = static_cast<std::size_t>(mine.count);
-    if (mine.operation == Operation::all_reduce) {
-      const T* in[Team::kMaxRanks];
-      T* outs[Team::kMaxRanks];
-      bool letters = true, direct = true;
-      for (int rank = 0; rank < size(); ++rank) {
-        const bool in_segment = team.call(rank, mine.sequence).in_segment();
-        letters = letters && Team::fits_letter(count * sizeof(T), in_segment);
-        direct = direct && in_segment;
-        in[rank] = reinterpret_cast<const T*>(team.letter(rank, mine.sequence).data);
-      }
-      if (letters) {
-        sum_ranks(in, size(), &out, 1, count);
-        return nullptr;
-      }
-      if (direct) {
-        for (int rank = 0; rank < size(); ++rank) {
-          const Team::Call& call = team.call(rank, mine.sequence);
-          in[rank] = segments_.template at<T>(Place::unpacked(call.place), rank);
-          outs[rank] = segments_.template at<T>(Place::unpacked(call.out_place), rank);
-        }
-        return std::make_unique<DirectSum<T>>(team, in, outs, count);
-      }
-    }
-    if (out != x) std::memcpy(out, x, count * sizeof(T));
-    return std::make_unique<Staged<T>>(team, mine.operation, out, even_chunks(count, size()));
-  }
-
-  template <class T>
-  std::unique_ptr<Work> message_sum(Operation operation, T* x, std::size_t count, DType dtype, Algorithm algorithm) {
-    const std::size_t segment = segment_bytes_ / sizeof(T);
-    if (operation == Operation::all_reduce) {
-      if (algorithm == Algorithm::mpi) return library_all_reduce(x, count, dtype);
-      if (algorithm == Algorithm::tree)
-        return std::make_unique<TreeAllReduce<T>>(*transport_, x, count, scratch<T>(), segment);
-      if (algorithm == Algorithm::hierarchical) {
-        if (hosts_ == nullptr) throw Failure("algorithm \"hierarchical\" is for ranks that share memory on each host");
-        return hosts_->all_reduce(x, count, scratch<T>(), segment);
-      }
-    }
-    return std::make_unique<Ring<T>>(*transport_, operation, x, even_chunks(count, size()), scratch<T>(), segment);
-  }
-
-  // parts [begins]: each rank's part to all others.
-  std::unique_ptr<Work> move_work(std::uint8_t* bytes, std::vector<std::size_t> begins) {
-    if (single_host())
-      return std::make_unique<Staged<std::uint8_t>>(hosts_->team(), Operation::all_gather, bytes, std::move(begins));
-    return std::make_unique<Ring<std::uint8_t>>(*transport_, Operation::all_gather, bytes, std::move(begins),
-                                                scratch<std::uint8_t>(), segment_bytes_);
-  }
-
-  std::unique_ptr<Work> library_all_reduce(void* data, std::size_t count, DType dtype) {
-    const std::size_t block = kMaxMessageBytes / item_bytes(dtype);
-    std::vector<InTurn::Make> blocks;
-    for (std::size_t begin = 0; begin < count; begin += block)
-      blocks.push_back([=, this]() -> std::unique_ptr<Work> {
-        library_request_ = transport_->all_reduce(static_cast<std::byte*>(data) + begin * item_bytes(dtype),
-                                                  std::min(block, count - begin), dtype);
-        return std::make_unique<Pending>(*transport_, library_request_,
-                                         [] { return std::string("MPI_Iallreduce did not complete"); });
-      });
-    return std::make_unique<InTurn>(std::move(blocks));
+    for (const Header& header : headers_->of) noted_ = noted_ || header.note != 0;
   }
 
   std::unique_ptr<Transport> transport_;
   std::function<void()> signals_;
   WaitPolicy policy_;
   std::size_t segment_bytes_;
-  std::unique_ptr<Buffers> buffers_;
-  std::unique_ptr<Hosts> hosts_;
+  std::unique_ptr<Headers> headers_;
   Segments segments_;
+  std::unique_ptr<Hosts> hosts_;
+  std::unique_ptr<Algorithms> algorithms_;
   std::deque<Running> running_;
-  std::unique_ptr<Work> made_;  // the first one's body, while its headers travel
-  std::optional<Wait> wait_;    // for the first of them
-  Transport::Request library_request_{};
+  std::unique_ptr<Work> made_;                // the first one's body, while its headers travel
+  std::optional<Wait> wait_;                  // for the first of them
   std::int64_t sequence_ = 0, finished_ = 0;  // last that was started, last that ended
   bool note_ = false, noted_ = false, peers_missing_ = false;
   std::string failure_;
