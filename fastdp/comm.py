@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 # Two receive buffers and the piece of the tensor they are added to stay in a second-level cache of 1 MiB.
 SEGMENT_BYTES = 256 * 1024
 MAX_SEGMENT_BYTES = 1 << 30  # MPI counts are ints
+MAX_BYTES = 1 << 46  # what processes can address
 
 
 def init(
@@ -182,6 +183,7 @@ class Communicator:
         """
         require(isinstance(numel, int) and numel >= 0, "numel", numel, "an int >= 0")
         require(dtype in self._codes, "dtype", dtype, f"one of {', '.join(map(str, self._codes))}")
+        require(numel * dtype.itemsize <= MAX_BYTES, "numel", numel, f"at most {MAX_BYTES} bytes of {dtype}")
         if not self.shares_memory:
             return torch.zeros(numel, dtype=dtype)
         self.meet("empty", numel, dtype)

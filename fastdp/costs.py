@@ -137,8 +137,8 @@ def _load() -> dict[str, object]:
     try:
         content = json.loads(_path().read_bytes())
         costs = content["costs"] if content["format"] == FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # none, or damaged: measured anew, and written over
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return {}  # none, no home, or damaged: measured anew, and written over
     return costs if isinstance(costs, dict) else {}
 
 
@@ -148,5 +148,5 @@ def _store(key: str, costs: dict[str, list[float]]) -> None:
         write_whole(
             _path(), lambda file: file.write(json.dumps({"format": FORMAT, "costs": {**_load(), key: costs}}).encode())
         )
-    except OSError:
+    except (OSError, RuntimeError):
         pass  # a cache that cannot be written costs the next run a second

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastdp.comm import Communicator
 
 DTYPES = (torch.float32, torch.float64)
+MAX_ROWS = 1 << 36  # leaves 27 bits of a word for which of all ranks' rows it is
+MAX_WIDTH = 1 << 32
 HEAD = 8  # bytes: how many rows come
 Rows = tuple[int, int, int]  # the address of their indices, how many they are, the address of their values
 
@@ -122,10 +124,12 @@ def check(indices: Tensor, values: Tensor, table: int) -> None:
         require(x.dtype in dtypes, f"{name}.dtype", x.dtype, " or ".join(map(str, dtypes)))
         require(x.is_cpu, f"{name}.device", str(x.device), "cpu")
         require(x.is_contiguous(), f"{name}.stride()", x.stride(), "that of a contiguous tensor")
-    require(isinstance(table, int) and table >= 0, "numel", table, "an int >= 0: the rows of the table")
+    within = isinstance(table, int) and 0 <= table <= MAX_ROWS
+    require(within, "numel", table, f"an int in [0, {MAX_ROWS}]: the rows of the table")
     require(indices.dim() == 1, "indices.shape", list(indices.shape), "[K]")
     fits = values.dim() == 2 and values.shape[0] == indices.shape[0]
-    require(fits, "values.shape", list(values.shape), f"[{indices.shape[0]}, width]")
+    fits = fits and values.shape[1] <= MAX_WIDTH
+    require(fits, "values.shape", list(values.shape), f"[{indices.shape[0]}, width], width at most {MAX_WIDTH}")
     from fastdp import _mpi
 
     place = _mpi.row_outside(indices.data_ptr(), len(indices), table)

@@ -118,7 +118,22 @@ std::shared_ptr<SharedMemory> memory(std::size_t bytes) {
 
 }  // namespace
 
+// Whether cores are such that it is used at all is found while it runs (HandOver).
+void check_stream_copy() {
+  constexpr std::size_t most = 1000;
+  alignas(64) std::byte to[most + 64];
+  std::byte from[most + 64];
+  for (std::size_t i = 0; i < sizeof from; ++i) from[i] = static_cast<std::byte>(i * 37 + 1);
+  for (std::size_t bytes = 0; bytes <= most; ++bytes) {
+    std::memset(to, 0, sizeof to);
+    stream_copy(to + 16, from + bytes % 5, bytes);
+    const bool copied = std::memcmp(to + 16, from + bytes % 5, bytes) == 0;
+    require(copied && to[15] == std::byte{0} && to[16 + bytes] == std::byte{0}, "stream_copy", 0);
+  }
+}
+
 int main() {
+  check_stream_copy();
   constexpr std::size_t part_bytes = 1 << 20;  // several rounds through the slots
   for (const int size : {2, 3, 4}) {
     const auto team = memory(Team::bytes(size)), window = memory(size * part_bytes);

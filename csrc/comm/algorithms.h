@@ -88,6 +88,11 @@ class Algorithms {
     }
   }
 
+  // What a rank has freed is not there any more, even while others keep theirs: what it names itself is.
+  static bool same_segment(std::int64_t place, std::int64_t other) {
+    return Place::unpacked(place).segment == Place::unpacked(other).segment;
+  }
+
   template <class T>
   std::unique_ptr<Work> shared_sum(const Header& mine, T* x, T* out) {
     Team& team = hosts_->team();
@@ -95,11 +100,13 @@ class Algorithms {
     if (mine.operation == Operation::all_reduce) {
       const T* in[Team::kMaxRanks];
       T* outs[Team::kMaxRanks];
+      const Team::Call& own = team.call(team.rank(), mine.sequence);
       bool letters = true, direct = true;
       for (int rank = 0; rank < transport_.size(); ++rank) {
-        const bool in_segment = team.call(rank, mine.sequence).in_segment();
-        letters = letters && Team::fits_letter(count * sizeof(T), in_segment);
-        direct = direct && in_segment;
+        const Team::Call& call = team.call(rank, mine.sequence);
+        letters = letters && Team::fits_letter(count * sizeof(T), call.in_segment());
+        direct = direct && call.in_segment() && same_segment(call.place, own.place) &&
+                 same_segment(call.out_place, own.out_place);
         in[rank] = reinterpret_cast<const T*>(team.letter(rank, mine.sequence).data);
       }
       if (letters) {

@@ -91,6 +91,7 @@ class MpiTransport final : public Transport {
   // The text is left to MPI, which may send it later. Errors say nothing new: this rank has failed, and whoever is not
   // told has a deadline.
   void give_up(const std::string& reason) override {
+    if (finalized()) return;
     const auto* text = new std::string(reason.substr(0, kNewsBytes));
     MPI_Request request;
     for (int to = 0; to < size_; ++to)
@@ -129,9 +130,12 @@ class MpiTransport final : public Transport {
   // Every collective begins with headers: asking there is enough.
   static void require_running(Channel channel) {
     if (channel != Channel::header) return;
-    int finalized = 0;
-    MPI_Finalized(&finalized);
-    if (finalized) throw Failure("MPI has been finalized");
+    if (finalized()) throw Failure("MPI has been finalized");
+  }
+  static bool finalized() {
+    int is = 0;
+    MPI_Finalized(&is);
+    return is != 0;
   }
 
   MPI_Comm comm_ = MPI_COMM_NULL;

@@ -76,8 +76,7 @@ inline constexpr std::size_t kReceiveBuffers = 2;
 inline constexpr std::size_t kSendsInFlight = 4;
 
 // The steps that make up `operation`: all_reduce, reduce_scatter or all_gather. data [chunks.back()] in place; scratch
-// [kReceiveBuffers * segment], unused by all_gather. Both must outlive the transport's requests if it is given up. Its
-// first messages are under way once it is made; unless it is an all_gather, data is only read until it is advanced.
+// [kReceiveBuffers * segment], unused by all_gather. Both must outlive the transport's requests if it is given up.
 template <class T>
 class Ring final : public Work {
  public:
@@ -99,7 +98,6 @@ class Ring final : public Work {
     total_receives_ = to_post_.segments_in(steps);
     reducing_ = to_post_.segments_in(reducing_steps_);
     own_ = to_send_.segments_in(1);
-    post();
   }
   Ring(const Ring&) = delete;  // the streams look at chunks_
   Ring& operator=(const Ring&) = delete;

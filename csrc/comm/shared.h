@@ -45,7 +45,7 @@ class Meeting : public TeamWork {
   explicit Meeting(Team& team) : TeamWork(team) { come(); }
   bool advance() override { return done_ = reached(awaited_); }
   bool done() const override { return done_; }
-  double grace() const override { return team_.among_hosts ? kForOwnHost : 0.0; }
+  double grace() const override { return team_.among_hosts && !team_.stopped_before(awaited_) ? kForOwnHost : 0.0; }
 
  protected:
   struct Later {};

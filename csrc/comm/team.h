@@ -147,6 +147,15 @@ class Team {
     if (board_->state.load(std::memory_order_acquire) == 2) throw Failure(board_->text, Failure::Peers::missing);
   }
 
+  // Whether one that has not posted event n is stopped: it waits for nobody.
+  bool stopped_before(std::uint64_t n) const {
+    for (int rank = 0; rank < size(); ++rank)
+      if (ranks_[rank].seat.events.load(std::memory_order_acquire) < n &&
+          processes_[rank].state() == Process::State::stopped)
+        return true;
+    return false;
+  }
+
   // For an error's text: "; rank 1 is gone: its process 1234 has ended", "; process 1234 of rank 1 is stopped".
   std::string troubles() const {
     std::string text;

@@ -74,7 +74,7 @@ class Wait {
       policy_.let_go();
     }
     const std::chrono::duration<double> idle = now - idle_since_;
-    if (idle.count() > policy_.timeout_seconds + work.grace())
+    if (idle.count() > policy_.timeout_seconds && idle.count() > policy_.timeout_seconds + work.grace())
       throw Failure(work.missing() + " within " + seconds(policy_.timeout_seconds), Failure::Peers::missing);
     check_if_due(now);
     return idle;

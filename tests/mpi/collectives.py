@@ -120,6 +120,31 @@ def check_sparse(c: comm.Communicator) -> None:
             assert len(set(c.allgather_object(sums.numpy().tobytes()))) == 1, (c, table)
 
 
+def check_sparse_in_a_row(c: comm.Communicator) -> None:
+    """No other collective between them: nobody's rows are written over while another still reads them."""
+
+    def rows(rank: int, call: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(1000 * call + rank)
+        return torch.randperm(5000, generator=generator)[:2000], torch.full((2000, 16), float(rank + 10 * call))
+
+    calls = [rows(c.rank, call) for call in range(20)]
+    results = [c.sparse_all_reduce(*call, 5000) for call in calls]
+    for call, (index, sums) in enumerate(results):
+        dense = torch.zeros(5000, 16)
+        for rank in range(c.size):
+            dense.index_add_(0, *rows(rank, call))
+        assert torch.equal(dense[index], sums) and dense.double().sum() == sums.double().sum(), (c, call)
+
+
+def check_freed(c: comm.Communicator) -> None:
+    """Memory of `empty` that some ranks have freed, and others reduce."""
+    for count in (100, 10_000, 300_000):
+        kept = [c.empty(count), c.empty(count)]
+        z = kept.pop(c.rank % 2).copy_(data(c.rank, count, torch.float32))
+        del kept
+        assert torch.equal(c.all_reduce(z), expected(c.size, count, torch.float32)), (c, count)
+
+
 def shared_sum(size: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     """In the order of ranks; bfloat16 in float32."""
     total = rough(0, count, dtype).to(torch.float32 if dtype == torch.bfloat16 else dtype)
@@ -295,6 +320,8 @@ def main() -> None:
                 check_order(c)
         check_window(c)
         check_sparse(c)
+        check_sparse_in_a_row(c)
+        check_freed(c)
         check_library(c, mpi_comm)
         check_rest(c)
         if c.rank == 0:

@@ -44,8 +44,9 @@ CASES: list[tuple[Call, Call, str]] = [
 
 def main() -> None:
     rank = MPI.COMM_WORLD.rank
-    for number, (most, other, told) in enumerate(CASES):
-        c = comm.init(timeout=30)
+    ways = (dict(shared_memory=True), dict(shared_memory=False, algorithm="ring"))
+    for number, ((most, other, told), how) in enumerate((case, how) for how in ways for case in CASES):
+        c = comm.init(timeout=30, **how)
         begin = time.perf_counter()
         with pytest.raises(CommError) as caught:
             (other if rank == 1 else most)(c)

@@ -127,7 +127,7 @@ def cut_off(signal_number: int, collective: str) -> None:
     if in_memory:
         assert seconds < 3 if killed else seconds > 0.5 * TIMEOUT, seconds
         reason = "rank 1 is gone: its process [0-9]+ has ended" if killed else "process [0-9]+ of rank 1 is stopped"
-        assert re.search(reason, seen[-1]), seen[-1]
+        assert len(re.findall(reason, seen[-1])) == 1, seen[-1]
 
 
 def ask(c: comm.Communicator, x: torch.Tensor, algorithm: list[str]) -> None:
