@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ increment_version = torch._C._increment_version
 # What late peers may still read or write after a failure: kept until the process ends, on purpose.
 kept_for_late_peers: list[object] = []
 
+in_use: weakref.WeakSet[UnderWay] = weakref.WeakSet()
+
 
 class UnderWay:
     """Of one communicator."""
@@ -26,6 +29,7 @@ class UnderWay:
     def __init__(self, native: _mpi.Communicator) -> None:
         self._native = native
         self._memory: dict[int, tuple[object, object]] = {}
+        in_use.add(self)
 
     def run(
         self, start: Callable[..., int], arguments: tuple[Any, ...], into: Any, x: object = None, async_op: bool = False
@@ -57,6 +61,9 @@ class UnderWay:
     def wait(self, sequence: int) -> None:
         self.ask(sequence, self._native.wait)
 
+    def leave(self) -> None:
+        self._native.leave()
+
     def keep_after_failure(self, memory: object) -> None:
         if self._native.failure and self._native.pending and self not in kept_for_late_peers:
             kept_for_late_peers.extend((self, memory))
@@ -84,8 +91,11 @@ class Handle:
 def _end_unfinished() -> None:
     """MPI_Finalize waits for peers, who may not come after a collective that never ended: end the job.
 
+    Whoever waits for this rank is told that it ends, most of all by an exception that only it has seen.
     The second of sleep is for peers that entered that collective a little later: they too shall report it.
     """
+    for under_way in in_use:
+        under_way.leave()
     if not kept_for_late_peers:
         return
     from mpi4py import MPI

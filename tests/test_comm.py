@@ -61,6 +61,14 @@ def test_a_late_rank_and_an_interrupted_one(tmp_path: Path) -> None:
     assert time.perf_counter() - begin < 40
 
 
+def test_a_rank_whose_program_ends(tmp_path: Path) -> None:
+    begin = time.perf_counter()
+    result = launch.start("leaves.py", str(tmp_path), ranks=3, timeout=60)
+    assert files_in(tmp_path, 2) == {"rank 0", "rank 2"}, result.stdout
+    assert result.returncode != 0
+    assert time.perf_counter() - begin < 40
+
+
 CUT_OFF = [
     "all_reduce window",
     "all_reduce small",

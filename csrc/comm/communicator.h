@@ -142,6 +142,11 @@ class Communicator {
     if (!single_host()) transport_->give_up(reason);
   }
 
+  // This rank's program ends. Those of its host need not wait for what it has not called.
+  void leave() {
+    if (hosts_ != nullptr) hosts_->team().leave();
+  }
+
   // Ranks outnumber the cores that they may use.
   void share_cores() { policy_.yield_for = {}; }
 

@@ -254,6 +254,7 @@ PYBIND11_MODULE(_mpi, m) {
       .def_property_readonly("pending", &Communicator::pending)
       .def_property_readonly("noted", &Communicator::noted)
       .def("set_note", &Communicator::set_note, py::arg("note"))
+      .def("leave", &Communicator::leave)
       .def("share_cores", &Communicator::share_cores)
       .def("fail", &Communicator::fail, py::arg("reason"))
       .def(

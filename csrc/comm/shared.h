@@ -25,6 +25,7 @@ class TeamWork : public Work {
  public:
   explicit TeamWork(Team& team) : team_(team) {}
   std::string missing() const override { return team_.absent(awaited_) + " did not go on"; }
+  void check() const override { team_.check_left(awaited_); }
   void sleep(std::chrono::microseconds at_most) const override {
     const int late = team_.lagging(awaited_);
     if (late >= 0) team_.sleep(late, awaited_, at_most);

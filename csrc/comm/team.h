@@ -131,6 +131,17 @@ class Team {
     board_->state.store(2, std::memory_order_release);
   }
 
+  // This rank's program ends, and it will post nothing more.
+  void leave() { ranks_[rank_].left.store(1, std::memory_order_release); }
+
+  // Throws if one that has left has not posted event n.
+  void check_left(std::uint64_t n) const {
+    for (int rank = 0; rank < size(); ++rank)
+      if (ranks_[rank].left.load(std::memory_order_acquire) != 0 &&
+          ranks_[rank].seat.events.load(std::memory_order_acquire) < n)
+        throw Failure("rank " + std::to_string(name(rank)) + " has left: its program ends", Failure::Peers::missing);
+  }
+
   // Throws if a rank of this host has ended, or has given up.
   void check() const {
     for (int rank = 0; rank < size(); ++rank)
@@ -195,6 +206,7 @@ class Team {
   struct PerRank {
     Seat seat;
     alignas(64) std::atomic<std::uint32_t> sleepers;
+    std::atomic<std::uint32_t> left;
     Letter letters[2];
     alignas(64) std::byte slots[kSlots][kSlotBytes];
   };

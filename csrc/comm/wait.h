@@ -52,7 +52,7 @@ class Wait {
   void progressed() {
     polls_ = 0;
     // A transfer that never stalls must notice Ctrl-C too; 64 segments of 256 KiB take about 10 ms.
-    if (++progress_ % 64 == 0) check_if_due(Clock::now());
+    if (++progress_ % 64 == 0 && due(Clock::now())) policy_.check();
   }
 
   // After an attempt that moved nothing.
@@ -76,7 +76,10 @@ class Wait {
     const std::chrono::duration<double> idle = now - idle_since_;
     if (idle.count() > policy_.timeout_seconds && idle.count() > policy_.timeout_seconds + work.grace())
       throw Failure(work.missing() + " within " + seconds(policy_.timeout_seconds), Failure::Peers::missing);
-    check_if_due(now);
+    if (due(now)) {
+      work.check();
+      policy_.check();
+    }
     return idle;
   }
 
@@ -96,11 +99,11 @@ class Wait {
     return true;
   }
 
-  void check_if_due(Clock::time_point now) {
+  bool due(Clock::time_point now) {
     if (checked_ == Clock::time_point{}) checked_ = now;
-    if (now - checked_ < kCheckEvery) return;
+    if (now - checked_ < kCheckEvery) return false;
     checked_ = now;
-    policy_.check();
+    return true;
   }
 
   static std::string seconds(double value) {

@@ -25,6 +25,8 @@ class Work {
   // that speaks for its host may wait for another of it, and that host's others for what comes from other hosts.
   virtual double grace() const { return 0.0; }
   static constexpr double kForOtherHosts = 1.0, kForOwnHost = 2.0;
+  // Throws if what it waits for can never come.
+  virtual void check() const {}
   // Until something may have moved, or `at_most` has passed. Messages make progress only when they are asked about:
   // this is 70 µs in effect, by the kernel's timer slack. Less slack and 5 µs of sleep took 130 ms for the ring of 4
   // bytes of 8 ranks on 2 cores that takes 2 ms so.
@@ -51,6 +53,9 @@ class InTurn final : public Work {
   bool done() const override { return finished_ || parts_.empty(); }
   std::string missing() const override { return current_ == nullptr ? "nothing" : current_->missing(); }
   double grace() const override { return current_ == nullptr ? 0.0 : current_->grace(); }
+  void check() const override {
+    if (current_ != nullptr) current_->check();
+  }
   void sleep(std::chrono::microseconds at_most) const override {
     if (current_ != nullptr) current_->sleep(at_most);
   }
