@@ -199,6 +199,8 @@ def bench_ranks(benchmark: Any, case: str) -> None:
 
 
 def main(cases: list[str]) -> None:
+    if not set(cases) <= set(CASES):  # --help, or a slip
+        sys.exit(__doc__)
     for case in cases or CASES:
         found: dict[str, list[float]] = {}
         for _ in range(LAUNCHES):
