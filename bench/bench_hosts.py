@@ -108,6 +108,8 @@ if __name__ == "__main__":
         table = measure()
         if comm.init().rank == 0:
             print(json.dumps(table), flush=True)
+    elif len(sys.argv) != 3 or not all(word.isdigit() for word in sys.argv[1:]):
+        sys.exit(__doc__)
     else:
         hosts_, each_ = map(int, sys.argv[1:])
         show(launch(hosts_, each_), hosts_)
