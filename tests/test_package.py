@@ -65,7 +65,7 @@ def test_the_readme_calls_the_kernels() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_readme_calls_the_collectives(ranks: int, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(COLLECTIVES + "print('rows', rows.tolist(), sums.tolist(), x[0].item())\n")
+    (tmp_path / "script.py").write_text(COLLECTIVES + "print(f'rows {rows.tolist()} {sums.tolist()} {x[0].item()}')\n")
     printed = launch.run(str(tmp_path / "script.py"), ranks=ranks)
     assert printed.count(f"rows [2, 7] {[[float(ranks)] * 4] * 2} {ranks * (ranks - 1) / 2}") == ranks, printed
 

@@ -134,12 +134,15 @@ class Team {
   // This rank's program ends, and it will post nothing more.
   void leave() { ranks_[rank_].left.store(1, std::memory_order_release); }
 
-  // Throws if one that has left has not posted event n.
+  // Throws if one that has left has not posted event n, with its reason if it gave one.
   void check_left(std::uint64_t n) const {
-    for (int rank = 0; rank < size(); ++rank)
-      if (ranks_[rank].left.load(std::memory_order_acquire) != 0 &&
-          ranks_[rank].seat.events.load(std::memory_order_acquire) < n)
-        throw Failure("rank " + std::to_string(name(rank)) + " has left: its program ends", Failure::Peers::missing);
+    for (int rank = 0; rank < size(); ++rank) {
+      if (ranks_[rank].left.load(std::memory_order_acquire) == 0 ||
+          ranks_[rank].seat.events.load(std::memory_order_acquire) >= n)
+        continue;
+      check_given_up();
+      throw Failure("rank " + std::to_string(name(rank)) + " has left: its program ends", Failure::Peers::missing);
+    }
   }
 
   // Throws if a rank of this host has ended, or has given up.
