@@ -94,7 +94,8 @@ def test_a_rank_that_dies_or_stops_in_the_middle(signal: str, collective: str, t
         pytest.skip("MPI_Iallreduce of MPICH may end the survivors")
     result = launch.start("stall.py", str(tmp_path), signal, collective, ranks=3, timeout=60, cleanup=not killed)
     assert files_in(tmp_path, 2) == {"rank 0", "rank 2"}, result.stdout
-    assert result.returncode != 0
+    if not (killed and launch.is_open_mpi()):  # its mpirun with --enable-recovery returns 0, 1 time in 20
+        assert result.returncode != 0
 
 
 @pytest.mark.parametrize("under_mpirun", [False, True])
