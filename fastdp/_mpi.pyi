@@ -70,6 +70,8 @@ class Communicator:
     def set_note(self, note: bool) -> None: ...
     def leave(self) -> None:
         """This rank's program ends."""
+    def forked(self) -> None:
+        """In a process that was forked from this rank: no rank itself."""
     def share_cores(self) -> None:
         """Ranks outnumber cores: waits sleep at once instead of yielding first."""
     def fail(self, reason: str) -> None: ...

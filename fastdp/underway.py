@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 import time
 import weakref
@@ -64,6 +65,9 @@ class UnderWay:
     def leave(self) -> None:
         self._native.leave()
 
+    def forked(self) -> None:
+        self._native.forked()
+
     def keep_after_failure(self, memory: object) -> None:
         if self._native.failure and self._native.pending and self not in kept_for_late_peers:
             kept_for_late_peers.extend((self, memory))
@@ -105,3 +109,14 @@ def _end_unfinished() -> None:
         sys.stderr.flush()
         time.sleep(1.0)
         MPI.COMM_WORLD.Abort(1)
+
+
+def _in_a_forked_process() -> None:
+    """A child is no rank: what it does, and its end, are nothing to the others."""
+    for under_way in in_use:
+        under_way.forked()
+    in_use.clear()
+    kept_for_late_peers.clear()
+
+
+os.register_at_fork(after_in_child=_in_a_forked_process)

@@ -142,6 +142,11 @@ class Communicator {
     if (!single_host()) transport_->give_up(reason);
   }
 
+  // In a process that was forked from this rank: the rank lives on elsewhere, and nobody is told anything.
+  void forked() {
+    if (failure_.empty()) failure_ = "this process was forked from rank " + std::to_string(rank()) + ", which goes on";
+  }
+
   // This rank's program ends. Those of its host need not wait for what it has not called.
   void leave() {
     if (hosts_ != nullptr) hosts_->team().leave();

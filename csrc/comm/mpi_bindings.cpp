@@ -255,6 +255,7 @@ PYBIND11_MODULE(_mpi, m) {
       .def_property_readonly("noted", &Communicator::noted)
       .def("set_note", &Communicator::set_note, py::arg("note"))
       .def("leave", &Communicator::leave)
+      .def("forked", &Communicator::forked)
       .def("share_cores", &Communicator::share_cores)
       .def("fail", &Communicator::fail, py::arg("reason"))
       .def(
