@@ -4,6 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+// What device code calls, too; nvcc knows both sides.
+#if defined(__CUDACC__)
+#define FASTDP_BOTH __host__ __device__
+#else
+#define FASTDP_BOTH
+#endif
+
 namespace fastdp {
 
 struct bf16 {
@@ -35,7 +42,19 @@ template <class T>
 struct Rows {
   const T* data;
   int64_t rows, n, stride;
-  const T* row(int64_t i) const { return data + i * stride; }
+  FASTDP_BOTH const T* row(int64_t i) const { return data + i * stride; }
+};
+
+// [records, positions, n]: rows of n, `apart` from one position to the next.
+template <class T>
+struct Sequences {
+  const T* data;
+  int64_t records, positions, n, records_apart, apart;
+  FASTDP_BOTH Rows<T> record(int64_t i) const { return {data + i * records_apart, positions, n, apart}; }
+  // of one position each
+  FASTDP_BOTH Rows<T> rows(int64_t from, int64_t count) const {
+    return {data + from * records_apart, count, n, records_apart};
+  }
 };
 
 // T is what tensors hold, Sum what sums of their elements are kept in.
@@ -48,18 +67,18 @@ struct SumOf<double> {
   using type = double;
 };
 
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-inline float load(bf16 x) {
+FASTDP_BOTH inline float load(float x) { return x; }
+FASTDP_BOTH inline double load(double x) { return x; }
+FASTDP_BOTH inline float load(bf16 x) {
   const uint32_t bits = uint32_t{x.bits} << 16;
   float f;
   std::memcpy(&f, &bits, sizeof f);
   return f;
 }
 
-inline void store(float& to, float x) { to = x; }
-inline void store(double& to, double x) { to = x; }
-inline void store(bf16& to, float x) {  // round to nearest even; a NaN stays a NaN
+FASTDP_BOTH inline void store(float& to, float x) { to = x; }
+FASTDP_BOTH inline void store(double& to, double x) { to = x; }
+FASTDP_BOTH inline void store(bf16& to, float x) {  // round to nearest even; a NaN stays a NaN
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

@@ -12,6 +12,7 @@ namespace fastdp::FASTDP_ISA {
 //
 #include "chacha.h"
 #include "normal.h"
+#include "step.h"
 //
 #include "cell-simd.h"
 #include "clip-simd.h"

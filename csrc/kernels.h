@@ -19,6 +19,8 @@ constexpr uint64_t kSecureApart = uint64_t{1} << 50;
 
 // Records of one sampling block: they are drawn from a stream of their own, so a block can be drawn alone.
 constexpr int64_t kSampleBlock = 4096;
+// Blocks of ChaCha20 that each has: 8192 draws, of which it can take 4097.
+constexpr uint64_t kBlocksPerSample = 1024;
 
 // Doubles that the Gram matrices of `positions` inputs and output gradients, of n elements together, are made from:
 // positions in multiples of the widest vectors'.

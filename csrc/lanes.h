@@ -10,6 +10,9 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;  // SSE2 and NEON
 #endif
 
+#define FASTDP_LANES inline
+#define FASTDP_UNROLL_16 _Pragma("GCC unroll 16")
+
 typedef uint32_t u32v __attribute__((vector_size(4 * kLanes)));
 typedef int32_t i32v __attribute__((vector_size(4 * kLanes)));
 typedef float f32v __attribute__((vector_size(4 * kLanes)));
@@ -51,6 +54,11 @@ constexpr uint32_t kLaneNumbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 1
 
 // 0 in those from `count` on
 inline f64v first_lanes(f64v x, int64_t count) { return (f64v)((i64v)x & (load_lanes<i64v>(kNumbers) < count)); }
+
+inline u32v lane_numbers() { return load_lanes<u32v>(kLaneNumbers); }
+inline u32v bits_of(f32v x) { return (u32v)x; }
+inline f32v float_of(u32v bits) { return (f32v)bits; }
+inline u32v mask(i32v comparison) { return (u32v)comparison; }  // all bits where it is true
 
 inline f32v to_float(i32v x) { return __builtin_convertvector(x, f32v); }
 

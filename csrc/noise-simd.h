@@ -115,29 +115,14 @@ inline void noise_step(const StepRange<T>& r, const Stream& stream, const Noised
 
 template <class T>
 void noise_sgd(const StepRange<T>& r, const Stream& stream, const SgdStep& h) {
-  const T lr = static_cast<T>(h.lr);
-  if (r.state[0] == nullptr) return noise_step(r, stream, h.gradient, [=](T g, T& p) { p -= lr * g; });
-  const T keep = static_cast<T>(h.first ? 0.0 : h.momentum), take = static_cast<T>(h.first ? 1.0 : 1.0 - h.dampening);
-  const T look_ahead = static_cast<T>(h.momentum);
-  const bool nesterov = h.nesterov;
-  const auto update = [=](T g, T& p, T& velocity) {
-    velocity = keep * velocity + take * g;
-    p -= lr * (nesterov ? g + look_ahead * velocity : velocity);
-  };
+  const SgdUpdate<T> update(h);
+  if (r.state[0] == nullptr) return noise_step(r, stream, h.gradient, update);
   noise_step(r, stream, h.gradient, update, r.state[0]);
 }
 
 template <class T>
 void noise_adam(const StepRange<T>& r, const Stream& stream, const AdamStep& h) {
-  const T take1 = static_cast<T>(1.0 - h.beta1), keep2 = static_cast<T>(h.beta2), take2 = static_cast<T>(1.0 - h.beta2);
-  const T keep = static_cast<T>(h.keep), step_size = static_cast<T>(h.step_size);
-  const T root = static_cast<T>(h.root), eps = static_cast<T>(h.eps);
-  const auto update = [=](T g, T& p, T& exp_avg, T& exp_avg_sq) {
-    exp_avg += take1 * (g - exp_avg);
-    exp_avg_sq = keep2 * exp_avg_sq + take2 * g * g;
-    p = keep * p - step_size * exp_avg / (square_root(exp_avg_sq) / root + eps);
-  };
-  noise_step(r, stream, h.gradient, update, r.state[0], r.state[1]);
+  noise_step(r, stream, h.gradient, AdamUpdate<T>(h), r.state[0], r.state[1]);
 }
 
 inline void keystream(const Stream& s, uint64_t first, int64_t blocks, uint32_t* words) {

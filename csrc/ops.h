@@ -14,16 +14,6 @@ namespace fastdp {
 template <class T>
 void sq_norms(Rows<T> g, double* out, int threads);
 
-// [records, positions, n]: rows of n, `apart` from one position to the next.
-template <class T>
-struct Sequences {
-  const T* data;
-  int64_t records, positions, n, records_apart, apart;
-  Rows<T> record(int64_t i) const { return {data + i * records_apart, positions, n, apart}; }
-  // of one position each
-  Rows<T> rows(int64_t from, int64_t count) const { return {data + from * records_apart, count, n, records_apart}; }
-};
-
 // Of a linear layer, what its per-sample gradients sum_t b_t a_t^T, and sum_t b_t if there is a bias, are made of.
 template <class T>
 struct LinearRows {

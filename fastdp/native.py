@@ -302,7 +302,7 @@ def poisson_sample(n: int, rate: float, key: Tensor, step: int) -> Tensor:
 
 def check_device(name: str, x: Tensor) -> None:
     if not x.is_cpu:
-        raise ArgumentError(f"{name}.device", str(x.device), "cpu: this build has no CUDA kernels")
+        raise ArgumentError(f"{name}.device", str(x.device), "cpu")
 
 
 def check_rows(name: str, x: Tensor, dims: tuple[int, ...] = (2,)) -> None:

@@ -1,8 +1,9 @@
 """The kernels, on plain tensors: registered with torch.library.
 
-All of them work under `torch.compile(fullgraph=True)`. CPU tensors of float32, bfloat16 or float64; rows must be
-packed (elements of a row adjacent), which is checked, never assumed. None of them is differentiable: what they give
-does not require a gradient.
+All of them work under `torch.compile(fullgraph=True)`. CPU tensors of float32, bfloat16 or float64, or, in a build with
+CUDA kernels, CUDA tensors of float32, bfloat16 or float16 (but for `poisson_sample`, which gives CPU tensors); rows
+must be packed (elements of a row adjacent), which is checked, never assumed. None of them is differentiable: what they
+give does not require a gradient.
 
 Randomness is a function of `(key, step)` and of an index, and of nothing else: the same on every machine, instruction
 set and thread count. `key` is a uint8[32] tensor and a secret. With `key=None` a fresh one is drawn from the operating
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdp import native
+from fastdp import cuda, native
 from fastdp.errors import ArgumentError, PrivacyError, require
 
 __all__ = [
@@ -180,22 +181,34 @@ def _value(step: Tensor) -> int:
     return int(step.item())
 
 
+# ---- what it calls on CUDA tensors
+
+
+def _cuda_clip_sum_out(g: Tensor, max_norm: float, *, out: Tensor) -> None:
+    cuda.clip_sum(g, max_norm, out)
+
+
+def _cuda_clip_noise(g: Tensor, max_norm: float, noise_multiplier: float, key: Tensor, step: Tensor) -> Tensor:
+    native.check_range("noise_multiplier", noise_multiplier)
+    out = cuda.clip_sum(g, max_norm)
+    cuda.add_noise(out, noise_multiplier * max_norm, key, _value(step), 0)
+    return out
+
+
+def _cuda_gaussian_noise_(x: Tensor, std: float, key: Tensor, step: Tensor, offset: int) -> None:
+    cuda.add_noise(x, std, key, _value(step), offset)
+
+
 # ---- registration
 
 _library = torch.library.Library("fastdp", "DEF")
 
 
-def _refuse_cuda(*args: object, **kwargs: object) -> None:
-    for x in (*args, *kwargs.values()):
-        if isinstance(x, Tensor):
-            native.check_device("tensor", x)
-
-
-def _register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _register(schema: str, cpu: Callable[..., Any], on_cuda: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.define(schema)
     name = schema.split("(")[0]
     _library.impl(name, cpu, "CPU")
-    _library.impl(name, _refuse_cuda, "CUDA")
+    _library.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"fastdp::{name}", fake, lib=_library)
 
 
@@ -203,30 +216,45 @@ def _fake_poisson(n: int, rate: float, key: Tensor, step: Tensor) -> Tensor:
     return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
-_register("sq_norms(Tensor g) -> Tensor", native.sq_norms, lambda g: g.new_empty(g.shape[0], dtype=torch.float64))
+_register(
+    "sq_norms(Tensor g) -> Tensor",
+    native.sq_norms,
+    cuda.sq_norms,
+    lambda g: g.new_empty(g.shape[0], dtype=torch.float64),
+)
 _register(
     "clip_sum(Tensor g, float max_norm) -> Tensor",
     _clip_sum,
+    cuda.clip_sum,
     lambda g, max_norm: g.new_empty(g.shape[1], dtype=native.sum_dtype(g.dtype)),
 )
 _register(
     "clip_sum.out(Tensor g, float max_norm, *, Tensor(a!) out) -> ()",
     _clip_sum_out,
+    _cuda_clip_sum_out,
     lambda g, max_norm, *, out: None,
 )
 _register(
     "clip_noise(Tensor g, float max_norm, float noise_multiplier, Tensor key, Tensor step) -> Tensor",
     _clip_noise,
+    _cuda_clip_noise,
     lambda g, max_norm, noise_multiplier, key, step: g.new_empty(g.shape[1], dtype=native.sum_dtype(g.dtype)),
 )
 _register(
     "linear_sq_norms(Tensor a, Tensor b, bool bias) -> Tensor",
     _linear_sq_norms,
+    cuda.linear_sq_norms,
     lambda a, b, bias: a.new_empty(a.shape[0], dtype=torch.float64),
 )
 _register(
     "gaussian_noise_(Tensor(a!) x, float std, Tensor key, Tensor step, SymInt offset) -> ()",
     _gaussian_noise_,
+    _cuda_gaussian_noise_,
     lambda x, std, key, step, offset: None,
 )
-_register("poisson_sample(SymInt n, float rate, Tensor key, Tensor step) -> Tensor", _poisson_sample, _fake_poisson)
+_register(
+    "poisson_sample(SymInt n, float rate, Tensor key, Tensor step) -> Tensor",
+    _poisson_sample,
+    _poisson_sample,  # refuses a key that is not the CPU's
+    _fake_poisson,
+)
