@@ -8,6 +8,7 @@ summable_dtypes: tuple[str, ...]
 algorithms: tuple[str, ...]
 operations: tuple[str, ...]
 max_local_ranks: int
+max_segments: int
 
 def loaded_library() -> str:
     """What MPI_Get_library_version says in this module; may be called before MPI_Init."""
@@ -80,6 +81,8 @@ class Communicator:
     def rows_left(self, row_bytes: int) -> list[tuple[int, int, int]]:
         """After the second: of all ranks, or none if some have no room."""
     def join(self, host: list[int], memory: SharedMemory, processes: list[tuple[int, int]]) -> None: ...
+    def segments(self) -> list[int]:
+        """The numbers of those of which this rank has tensors."""
     def add_segment(self, memory: SharedMemory, number: int, part_bytes: int, local_rank: int) -> None: ...
     def shared_sum(
         self,

@@ -12,6 +12,7 @@ communicator is unusable, and so are the contents of the tensor passed to the ca
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pickle
@@ -27,6 +28,7 @@ import torch
 from fastdp import costs, hosts, sparse, window
 from fastdp.errors import ArgumentError, CommError, require
 from fastdp.launch import load_mpi
+from fastdp.native import check_key
 from fastdp.underway import Handle, UnderWay, increment_version, kept_for_late_peers
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 # Two receive buffers and the piece of the tensor they are added to stay in a second-level cache of 1 MiB.
 SEGMENT_BYTES = 256 * 1024
 MAX_SEGMENT_BYTES = 1 << 30  # MPI counts are ints
+MAX_TIMEOUT = 1e9
 MAX_BYTES = 1 << 46  # what processes can address
 
 
@@ -64,10 +67,10 @@ def init(
     which MPI they are.
     """
     require(
-        isinstance(timeout, (int, float)) and math.isfinite(timeout) and timeout > 0,
+        type(timeout) in (int, float) and 0 < timeout <= MAX_TIMEOUT,
         "timeout",
         timeout,
-        "a finite number of seconds > 0",
+        f"a number of seconds > 0, at most {MAX_TIMEOUT:.0e}",
     )
     require(
         isinstance(segment_bytes, int) and 8 <= segment_bytes <= MAX_SEGMENT_BYTES and segment_bytes % 8 == 0,
@@ -75,7 +78,8 @@ def init(
         segment_bytes,
         f"a multiple of 8 in [8, {MAX_SEGMENT_BYTES}]",
     )
-    mpi = load_mpi(alone=mpi_comm is not None and getattr(mpi_comm, "size", 0) == 1)
+    require(isinstance(shared_memory, bool), "shared_memory", shared_memory, "a bool")
+    mpi = load_mpi(alone=bool(mpi_comm) and getattr(mpi_comm, "size", 0) == 1)  # COMM_NULL is false
     if mpi_comm is None:
         mpi_comm = mpi.COMM_WORLD
     require(
@@ -109,7 +113,6 @@ class Communicator:
         self._codes = {getattr(torch, name): code for code, name in enumerate(_mpi.dtypes)}
         self._summable = {dtype: self._codes[dtype] for dtype in (getattr(torch, n) for n in _mpi.summable_dtypes)}
         self._native: _mpi.Communicator | None = None
-        self._segments = 0
         self._wish = False
         self._sparse_sum = sparse.SparseSum(self)
         self._costs = costs.Chooser(self, segment_bytes)
@@ -181,8 +184,9 @@ class Communicator:
         are given it. Its storage is no larger than itself. Where no memory is shared, an ordinary tensor.
         Raises CommError on all ranks if there is not enough memory, or if they differ in the arguments.
         """
-        require(isinstance(numel, int) and numel >= 0, "numel", numel, "an int >= 0")
-        require(dtype in self._codes, "dtype", dtype, f"one of {', '.join(map(str, self._codes))}")
+        require(type(numel) is int and numel >= 0, "numel", numel, "an int >= 0")
+        is_known = isinstance(dtype, torch.dtype) and dtype in self._codes
+        require(is_known, "dtype", dtype, f"one of {', '.join(map(str, self._codes))}")
         require(numel * dtype.itemsize <= MAX_BYTES, "numel", numel, f"at most {MAX_BYTES} bytes of {dtype}")
         if not self.shares_memory:
             return torch.zeros(numel, dtype=dtype)
@@ -191,9 +195,14 @@ class Communicator:
 
     def segment(self, part_bytes: int) -> window.Segment:
         """Memory for several tensors, which all ranks lay out alike. All ranks call it; only where memory is shared."""
+        from fastdp import _mpi
+
         assert self._native is not None
-        self._segments += 1
-        return window.Segment(self, self._native, self._segments, part_bytes)
+        used = set().union(*self.allgather_object(self._native.segments()))
+        number = next(n for n in range(len(used) + 1) if n not in used)
+        if number >= _mpi.max_segments:
+            raise CommError(f"comm.empty: {number} tensors are there: must be at most {_mpi.max_segments}")
+        return window.Segment(self, self._native, number, part_bytes)
 
     def all_reduce(
         self,
@@ -213,7 +222,7 @@ class Communicator:
             was given.
         async_op: return a Handle at once, and leave x and out alone until it says that it is done.
         """
-        name = algorithm or self.algorithm
+        name = self.algorithm if algorithm is None else algorithm
         code = _dtype_code(x, self._summable)
         if out is not None:
             self._check_out(x, out)
@@ -306,6 +315,7 @@ class Communicator:
         `reduce_noise_step`. All ranks call it with parameters that are equal."""
         from fastdp.sharded import Sharded
 
+        require(self.shares_memory, "comm", repr(self), "of several ranks that share memory")
         return Sharded(self, optimizer, spans)
 
     def reduce_noise_step(
@@ -326,15 +336,20 @@ class Communicator:
         tables: of parameters of two dimensions, the rows, int64, outside which this rank's gradient is 0: between hosts
         only those travel. All ranks name the same ones.
 
-        Raises CommError on every rank when ranks disagree, stall or die; ArgumentError where the optimizer's state is
-        not what it made itself, and then this communicator fails on the others.
+        key, step: of all ranks; a pair gives one noise. batch_size: the expected one, of all ranks together.
+
+        Raises ArgumentError before anything is sent; CommError on every rank where they differ in one of these or in
+        the optimizer's settings, stall or die; ArgumentError where the optimizer's state is not what it made itself,
+        and then this communicator fails on the others.
         """
         native = self._native
+        _check_step(self, sharded, noise_std, batch_size, key, step, tables)
         assert native is not None
         sharded.prepare()
+        self.agree(sharded.flat, noise_std, batch_size, key, step, sharded.groups())
         if self.hosts > 1:
             sparse.sum_flat(self, sharded.flat, tables)
-        self.meet("reduce_noise_step", sharded.flat.numel(), sharded.dtype)
+            self.meet("barrier")
         try:
             sharded.step(noise_std, batch_size, key, step)
         except BaseException as error:
@@ -342,8 +357,26 @@ class Communicator:
             raise
         self.meet("barrier")
 
+    def agree(
+        self,
+        flat: torch.Tensor,
+        noise_std: float,
+        batch_size: int,
+        key: torch.Tensor,
+        step: int,
+        groups: list[dict[str, Any]],
+    ) -> None:
+        """Return when all ranks have called this with the same; CommError on all if they differ. groups: the
+        optimizer's, of which parameters are left out."""
+        if self._native is None:
+            return
+        settings = [sorted((k, v) for k, v in group.items() if k != "params") for group in groups]
+        words = repr((noise_std, batch_size, step, settings)).encode() + key.numpy().tobytes()
+        digest = hashlib.blake2b(words, digest_size=8).digest()
+        self.meet("reduce_noise_step", flat.numel(), flat.dtype, int.from_bytes(digest, "little") >> 1)
+
     def _known(self, algorithm: str) -> str:
-        if algorithm != "auto" and algorithm not in self._algorithms:
+        if not isinstance(algorithm, str) or (algorithm != "auto" and algorithm not in self._algorithms):
             raise ArgumentError("algorithm", algorithm, f"one of {', '.join(('auto', *self._algorithms))}")
         return algorithm
 
@@ -425,14 +458,37 @@ class Communicator:
         require(isinstance(root, int) and 0 <= root < self.size, "root", root, f"a rank in [0, {self.size - 1}]")
 
 
+def _check_step(
+    comm: Communicator,
+    sharded: Sharded,
+    noise_std: float,
+    batch_size: int,
+    key: torch.Tensor,
+    step: int,
+    tables: Mapping[Span, torch.Tensor],
+) -> None:
+    require(sharded.belongs_to(comm), "sharded", "of another communicator", "made by this one's shard()")
+    is_number = isinstance(noise_std, (int, float)) and math.isfinite(noise_std) and noise_std >= 0
+    require(is_number, "noise_std", noise_std, "finite and >= 0")
+    require(isinstance(batch_size, int) and batch_size >= 1, "batch_size", batch_size, "an int >= 1")
+    require(isinstance(key, torch.Tensor), "key", type(key).__name__, "a uint8[32] tensor")
+    require(isinstance(step, int), "step", step, "an int")
+    check_key(key, step)
+    for span, rows in tables.items():
+        ascending = len(rows) < 2 or bool((rows[1:] > rows[:-1]).all())
+        require(ascending, f"tables[{span.name}]", "not ascending", "ascending: a row that comes twice counts twice")
+
+
 def _dtype_code(x: torch.Tensor, codes: dict[torch.dtype, int], name: str = "x") -> int:
     # One expression for the good case: this is on the path of every collective.
     if isinstance(x, torch.Tensor) and x.is_cpu and x.layout is torch.strided and x.is_contiguous():
         code = codes.get(x.dtype)
-        if code is not None:
+        if code is not None and (x.data_ptr() or not x.numel()) and not x.is_neg():
             return code
     require(isinstance(x, torch.Tensor), name, type(x).__name__, "a torch.Tensor")
     require(x.dtype in codes, f"{name}.dtype", x.dtype, f"one of {', '.join(map(str, codes))}")
     require(x.is_cpu, f"{name}.device", str(x.device), "cpu")
     require(x.layout is torch.strided, f"{name}.layout", x.layout, "torch.strided")
+    require(x.data_ptr() != 0 or x.numel() == 0, f"{name}.untyped_storage().nbytes()", 0, f"enough for {x.numel()}")
+    require(not x.is_neg(), f"{name}.is_neg()", True, "False: call resolve_neg()")
     raise ArgumentError(f"{name}.stride()", x.stride(), f"that of a contiguous tensor of shape {tuple(x.shape)}")

@@ -257,7 +257,7 @@ class PrivacyEngine:
             )
         self._dimension = plan.normals(sum(s.numel for s in spans))
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
-        key = self._shared_key(plan, records, spans, optimizer, comm)
+        key = self._shared_key(plan, records, module, optimizer, comm)
         self._open_ledger(plan, target, comm)
         recorder = layers.Recorder()
         try:
@@ -321,13 +321,19 @@ class PrivacyEngine:
             raise ArgumentError("ledger: epsilon", cost, bound)
 
     def _shared_key(
-        self, plan: Plan, records: int, spans: list[Span], optimizer: Optimizer, comm: Communicator | None
+        self,
+        plan: Plan,
+        records: int,
+        module: nn.Module,
+        optimizer: Optimizer,
+        comm: Communicator | None,
     ) -> SecretKey:
-        """Rank 0's key and parameters on all ranks, after a check that they run the same plan."""
+        """Rank 0's key, parameters and buffers on all ranks, after a check that they run the same plan."""
         secret = os.urandom(32) if self.seed is None else hashlib.sha256(b"fastdp test %d" % self.seed).digest()
         if comm is not None and comm.size > 1:
             groups = [sorted((k, str(v)) for k, v in g.items() if k != "params") for g in optimizer.param_groups]
-            shapes = [(s.name, tuple(s.param.shape), s.param.dtype) for s in spans]
+            state = [*module.named_parameters(), *module.named_buffers()]
+            shapes = [(name, tuple(x.shape), x.dtype, x.requires_grad) for name, x in state]
             account = (self.ledger.accountant, self.ledger.prior, self.seed is None, self._ledger_path is None)
             mine = (plan, records, shapes, type(optimizer).__name__, groups, account)
             for rank, other in enumerate(comm.allgather_object(mine)):
@@ -337,8 +343,10 @@ class PrivacyEngine:
                     )
             secret = comm.bcast_object(secret, 0)
             with torch.no_grad():
-                for s in spans:
-                    comm.broadcast(s.param.data, 0)
+                for _, x in state:  # those that are frozen, too: gradients of different models must not be summed
+                    copy = x.data.contiguous()
+                    comm.broadcast(copy.view(torch.uint8) if copy.dim() else copy.view(1).view(torch.uint8), 0)
+                    x.data.copy_(copy)
         return SecretKey(secret)
 
 

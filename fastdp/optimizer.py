@@ -177,6 +177,8 @@ class PrivateOptimizer(Optimizer):
             if comm is not None:
                 if self._sharded is not None:
                     self._sharded.leave()
+                key = self._key.tensor()
+                comm.agree(self.gradient.flat, plan.noise_std, plan.batch_size, key, step, self.param_groups)
                 sparse.sum_flat(comm, self.gradient.flat, self.gradient.tables)
                 self._mark("reduce")
             (self._noise_and_step if is_fused else self._noise_then_inner)(step)

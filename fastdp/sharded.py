@@ -8,7 +8,7 @@ and `optimizer.state_dict()` still has all of it, on any rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from fastdp import _kernels, fused, native, window
 from fastdp.clipping import Span, flat_numel
+from fastdp.errors import require
 
 if TYPE_CHECKING:
     from fastdp.comm import Communicator
@@ -36,9 +37,7 @@ class Sharded:
         nbytes = self._numel * self.dtype.itemsize
         gradients, parameters = comm.segment(nbytes), comm.segment(nbytes)
         self.flat = gradients.tensor(self._numel, self.dtype)
-        self._homes = {
-            s.param: parameters.tensor(s.numel, self.dtype, s.offset * self.dtype.itemsize).view(s.shape) for s in spans
-        }
+        self._parameters, self._flat_address = parameters, self.flat.data_ptr()
         self._states: dict[str, Tensor] = {}
         ranks, rank = comm.local_size, comm.local_rank
         chunks = -(-self._numel // CHUNK)
@@ -56,8 +55,16 @@ class Sharded:
         )
         self._bring_home()
 
+    def belongs_to(self, comm: Communicator) -> bool:
+        return self._comm is comm
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's, which must be the same on all ranks: each steps a slice for all of them."""
+        return self._optimizer.param_groups
+
     def step(self, noise_std: float, batch_size: int, key: Tensor, step: int) -> None:
         """This rank's part of it; every rank of the host does its own, between two meetings."""
+        require(self.flat.data_ptr() == self._flat_address, "sharded.flat", "moved", "in the memory that ranks share")
         self._adopt_states()
         for h, parameters in fused.steps(self._optimizer, self._spans, noise_std, batch_size, self._new_state):
             native.noise_step(h, parameters, self.flat, key, step, self._share, self._first_sum)
@@ -83,8 +90,12 @@ class Sharded:
         self._states.clear()
 
     def _bring_home(self) -> None:
-        for p, home in self._homes.items():
-            if p.data_ptr() != home.data_ptr():
+        own = self._parameters.part(self._comm.local_rank)
+        for p, s in self._spans.items():
+            # Addresses, not tensors: share_memory_() gives other memory to all tensors of a storage.
+            begin = s.offset * self.dtype.itemsize
+            if p.data_ptr() != own + begin and s.numel:
+                home = self._parameters.tensor(s.numel, self.dtype, begin).view(s.shape)
                 home.copy_(p.detach())
                 p.data = home
 

@@ -29,15 +29,16 @@ class UnderWay:
 
     def __init__(self, native: _mpi.Communicator) -> None:
         self._native = native
-        self._memory: dict[int, tuple[object, object]] = {}
+        self._memory: dict[int, tuple[object, ...]] = {}
         in_use.add(self)
 
     def run(
-        self, start: Callable[..., int], arguments: tuple[Any, ...], into: Any, x: object = None, async_op: bool = False
+        self, start: Callable[..., int], arguments: tuple[Any, ...], into: Any, x: Any = None, async_op: bool = False
     ) -> Any:
         """Start a collective that writes to `into` and reads x, and see it to its end unless it is wanted later."""
         handle = Handle(self, start(*arguments), into)
-        self._memory[handle.sequence] = (into, x)
+        # A tensor may be given other memory while it is under way: what is kept has the old one.
+        self._memory[handle.sequence] = (into.detach(), x.detach(), into) if async_op else (into, x)
         return handle if async_op else handle.wait()
 
     def ask(self, sequence: int, how: Callable[[int], bool | None]) -> bool:
@@ -51,10 +52,18 @@ class UnderWay:
             raise
         # All up to this one have ended: autograd must not use what it saved of what they wrote to.
         for number in [n for n in self._memory if n <= sequence]:
-            into = self._memory.pop(number)[0]
+            into = self._memory.pop(number)[0]  # of an async_op detached, which has the same version
             if isinstance(into, torch.Tensor):
                 increment_version((into,))
         return True
+
+    def __del__(self) -> None:
+        if not self._memory:
+            return
+        if not self._native.failure:
+            self._native.fail("the communicator was dropped with collectives under way")
+        if self._native.pending:  # MPI may still write there
+            kept_for_late_peers.append(self._memory)
 
     def test(self, sequence: int) -> bool:
         return self.ask(sequence, self._native.test)

@@ -69,6 +69,10 @@ def test_a_rank_whose_program_ends(tmp_path: Path) -> None:
     assert time.perf_counter() - begin < 40
 
 
+def test_what_programs_do_to_tensors_and_communicators() -> None:
+    assert launch.run("hostile.py", ranks=2).count("done: rank") == 2
+
+
 def test_forked_processes_are_no_ranks() -> None:
     assert launch.run("forks.py", ranks=2).count("done: rank") == 2
 

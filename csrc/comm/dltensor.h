@@ -27,7 +27,7 @@ class TensorReader {
     if (table->major == 1) read_ = table->read;
   }
 
-  // Whether x is a packed tensor on the CPU, of a dtype that can be summed. If not, nobody has touched it.
+  // Whether x is a packed tensor on the CPU, with memory, of a dtype that can be summed. If not, nobody has touched it.
   bool find(PyObject* x, Found& found) const {
     if (read_ == nullptr || Py_TYPE(x) != type_) return false;
     Tensor tensor;
@@ -44,7 +44,7 @@ class TensorReader {
     }
     found.count = static_cast<std::size_t>(count);
     found.data = static_cast<char*>(tensor.data) + tensor.offset;
-    return true;
+    return tensor.data != nullptr || count == 0;
   }
 
  private:

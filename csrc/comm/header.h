@@ -16,7 +16,9 @@ struct Place {
   std::int64_t segment = -1;  // -1: in memory of its own
   std::int64_t offset = 0;    // bytes, in each rank's part of the segment
 
-  // -1 where there is none; parts are below 2^47 bytes, and segments few.
+  static constexpr std::int64_t kSegments = 1 << 16;
+
+  // -1 where there is none; parts are below 2^47 bytes, and segments below kSegments.
   std::int64_t packed() const { return segment < 0 ? -1 : segment << 47 | offset; }
   static Place unpacked(std::int64_t word) {
     return word < 0 ? Place{} : Place{word >> 47, word & ((std::int64_t{1} << 47) - 1)};
@@ -31,7 +33,9 @@ struct Header {
   DType dtype{};
   std::int64_t count = 0;  // elements; of all_gather, in this rank's part
   std::int64_t out = -1;   // elements of all_gather's result where the caller brought memory for it
-  std::int64_t root = 0;   // or the width of a sparse_all_reduce, whose count is the rows of the table
+  // Or the width of a sparse_all_reduce, whose count is the rows of the table; or a digest of how reduce_noise_step is
+  // called.
+  std::int64_t root = 0;
   std::int64_t segment_bytes = 0;
   // These may differ.
   Place place, out_place;
@@ -162,6 +166,9 @@ inline void require_same(std::span<const Header> headers) {
     if (i) text += "; ";
     text += list_ranks(same) + " called " + describe(headers[i]);
   }
+  const auto agrees = [&](const Header& header) { return header.root == headers[0].root; };
+  if (headers[0].operation == Operation::noise_step && !std::ranges::all_of(headers, agrees))
+    text += " (with another noise, batch size, key, step or optimizer's settings)";
   throw Failure(text);
 }
 

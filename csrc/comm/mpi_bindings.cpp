@@ -23,12 +23,6 @@ using namespace fastdp::comm;
 
 namespace {
 
-// Called from waits that have released the GIL.
-void check_python_signals() {
-  py::gil_scoped_acquire gil;
-  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
-
 // Python's lock in the midst of a SharedSum: whether it is kept, and where the thread's state is once it is not.
 struct Lock {
   bool kept = false;
@@ -38,6 +32,16 @@ struct Lock {
   }
 };
 thread_local Lock lock;
+
+// Called from waits, with Python's lock or without. A handler may call collectives of its own.
+void check_python_signals() {
+  py::gil_scoped_acquire gil;
+  struct Aside {
+    Lock mine = std::exchange(lock, {});
+    ~Aside() { lock = mine; }
+  } aside;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
 
 std::unique_ptr<Communicator> make_communicator(MPI_Fint comm, double timeout_seconds, std::size_t segment_bytes) {
   const WaitPolicy policy{timeout_seconds, check_python_signals, [] { lock.let_go(); }};
@@ -105,6 +109,7 @@ void bind_memory(py::module_& m) {
               static_cast<int>(out.size()), end - begin);
   });
   m.attr("max_local_ranks") = Team::kMaxRanks;
+  m.attr("max_segments") = Place::kSegments;
 }
 
 using RowAddresses = std::tuple<std::uintptr_t, std::size_t, std::uintptr_t>;
@@ -278,6 +283,7 @@ PYBIND11_MODULE(_mpi, m) {
           [](Communicator& self, const std::vector<int>& host, const std::shared_ptr<SharedMemory>& memory,
              const std::vector<ProcessPair>& processes) { self.join(make_hosts(self, host, memory, processes)); },
           py::arg("host"), py::arg("memory"), py::arg("processes"))
+      .def("segments", [](Communicator& self) { return self.segments().kept(); })
       .def(
           "add_segment",
           [](Communicator& self, const std::shared_ptr<SharedMemory>& memory, std::int64_t number,

@@ -29,6 +29,14 @@ class Segments {
     rank_ = rank;
   }
 
+  // The numbers of those that some tensor of this rank keeps.
+  std::vector<std::int64_t> kept() const {
+    std::vector<std::int64_t> numbers;
+    for (const Segment& segment : segments_)
+      if (!segment.memory.expired()) numbers.push_back(segment.number);
+    return numbers;
+  }
+
   // Of what lies in this rank's own part of a segment.
   Place place_of(const void* data) const {
     const auto* at = static_cast<const std::byte*>(data);

@@ -27,6 +27,7 @@ class Widened final : public Work {
   }
   bool done() const override { return sum_->done(); }
   std::string missing() const override { return sum_->missing(); }
+  void check() const override { sum_->check(); }
   double grace() const override { return sum_->grace(); }
   void sleep(std::chrono::microseconds at_most) const override { sum_->sleep(at_most); }
 

@@ -13,9 +13,9 @@ from fastdp.errors import ArgumentError
 assert "mpi4py.MPI" not in sys.modules and "fastdp._mpi" not in sys.modules
 
 for keywords, text in (
-    ({"timeout": 0}, "timeout=0: must be a finite number of seconds > 0"),
-    ({"timeout": float("inf")}, "timeout=inf: must be a finite number"),
-    ({"timeout": "60"}, "timeout='60': must be a finite number"),
+    ({"timeout": 0}, "timeout=0: must be a number of seconds > 0, at most 1e+09"),
+    ({"timeout": float("inf")}, "timeout=inf: must be a number of seconds > 0"),
+    ({"timeout": "60"}, "timeout='60': must be a number of seconds > 0"),
     ({"segment_bytes": 12}, "segment_bytes=12: must be a multiple of 8 in [8, 1073741824]"),
     ({"segment_bytes": 1 << 31}, "segment_bytes=2147483648: must be"),
     ({"mpi_comm": "world"}, "mpi_comm='world': must be an mpi4py intracommunicator"),

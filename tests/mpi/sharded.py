@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import sys
 from typing import Any
 
+import pytest
 import torch
 from mpi4py import MPI
 from together import rough
@@ -14,7 +16,7 @@ from torch import nn
 
 from fastdp import comm, ops
 from fastdp.clipping import spans_of
-from fastdp.errors import CommError
+from fastdp.errors import ArgumentError, CommError
 
 KEY = torch.arange(32, dtype=torch.uint8)
 STD, BATCH = 0.7, 16
@@ -114,6 +116,59 @@ def check_same_bits(c: comm.Communicator) -> None:
         assert torch.equal(-s.param.detach().flatten(), noise[s.offset : s.offset + s.numel])
 
 
+def check_arguments(c: comm.Communicator) -> None:
+    """What is wrong is named before anything is sent, and what differs between ranks is an error on all of them."""
+    module = model(torch.float32)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    spans = spans_of(module, optimizer)
+    sharded = c.shard(optimizer, spans)
+    good: dict[str, Any] = {"noise_std": STD, "batch_size": 1, "key": KEY, "step": 0}
+    for name, bad in (
+        ("noise_std", math.nan),
+        ("noise_std", -1.0),
+        ("batch_size", 0),
+        ("batch_size", 1.5),
+        ("key", KEY[:4]),
+        ("key", KEY.float()),
+        ("key", None),
+        ("step", -1),
+        ("step", 1.5),
+        ("tables", {spans[0]: torch.tensor([3, 3])}),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{name}"):
+            c.reduce_noise_step(sharded, **(good | {name: bad}))
+    other = comm.init(timeout=30.0)
+    with pytest.raises(ArgumentError, match="sharded"):
+        other.reduce_noise_step(sharded, **good)
+    c.reduce_noise_step(sharded, **good)
+    for name, value in (("noise_std", c.rank), ("batch_size", 1 + c.rank), ("key", KEY + c.rank), ("step", c.rank)):
+        c = comm.init(timeout=30.0)
+        sharded = c.shard(optimizer, spans)
+        with pytest.raises(CommError, match="with another noise, batch size, key, step or optimizer's settings"):
+            c.reduce_noise_step(sharded, **(good | {name: value}))
+    c = comm.init(timeout=30.0)
+    sharded = c.shard(optimizer, spans)
+    optimizer.param_groups[0]["lr"] = 1.0 + c.rank
+    with pytest.raises(CommError, match="optimizer's settings"):
+        c.reduce_noise_step(sharded, **good)
+
+
+def check_moved_parameters(c: comm.Communicator) -> None:
+    """share_memory() gives a tensor, and all that have its storage, other memory: ranks must not write to the old."""
+    module, twin = model(torch.float32), model(torch.float32)
+    optimizer, theirs = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (module, twin))
+    sharded = c.shard(optimizer, spans_of(module, optimizer))
+    numel = sharded.flat.numel()
+    for step in range(4):
+        sharded.flat.copy_(rough(1000 * step + c.rank, numel, torch.float32))
+        c.reduce_noise_step(sharded, noise_std=STD, batch_size=BATCH, key=KEY, step=step)
+        torch_step(twin, theirs, summed(c, numel, torch.float32, step), step)
+        for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        if step == 1:
+            module.share_memory()
+
+
 def check_failure(c: comm.Communicator) -> None:
     """What is wrong on one rank ends the step on all."""
     module = model(torch.float32)
@@ -140,6 +195,8 @@ def main() -> None:
             for dtype in (torch.float32, torch.float64):
                 check(c, name, dtype)
         check_same_bits(c)
+        check_moved_parameters(c)
+        check_arguments(c)
     print(f"done: rank {MPI.COMM_WORLD.rank}", flush=True)
 
 

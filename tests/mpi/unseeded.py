@@ -26,6 +26,8 @@ for x, y, ids in loader:
     optimizer.zero_grad()
     F.cross_entropy(module(x), y).backward()
     optimizer.step()
+    key = optimizer._key.tensor().tolist()  # of one run of a test: what draws one batch may be luck
+    assert all(other == key for other in comm.allgather_object(key)), "ranks have keys of their own"
     drawn = [i for of in comm.allgather_object(ids.tolist()) for i in of]
     assert len(drawn) == len(set(drawn)) > 50, "ranks draw the same records"
     parameters = comm.allgather_object([p.tolist() for p in module.parameters()])

@@ -1,0 +1,111 @@
+"""What a program may do to tensors and communicators without harm, or with an error that names it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastdp
+from fastdp import ArgumentError, CommError, _mpi
+
+
+def a_signal_handler_calls_a_collective(c: fastdp.comm.Communicator, other: fastdp.comm.Communicator) -> None:
+    """While one waits: of the same communicator an error, of another it is done."""
+    sums = []
+
+    def handler(*_: object) -> None:
+        with pytest.raises(CommError, match="in use by another thread or by the caller of this signal handler"):
+            c.all_reduce(torch.ones(3))
+        sums.append(other.all_reduce(torch.ones(3))[0].item())
+
+    if c.rank == 0:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+    else:
+        time.sleep(0.6)
+        sums.append(other.all_reduce(torch.ones(3))[0].item())
+    assert c.all_reduce(torch.ones(10))[0] == c.size and sums == [c.size]
+
+
+def numbers_of_shared_memory_are_used_again(c: fastdp.comm.Communicator) -> None:
+    kept = c.empty(100).fill_(5)
+    for _ in range(20):
+        x = c.empty(100).fill_(1)
+        assert c.all_reduce(x)[0] == c.size
+    native = c._native
+    assert native is not None and max(native.segments()) < 4 and kept[0] == 5
+
+
+def memory_is_replaced_under_way(c: fastdp.comm.Communicator) -> None:
+    for algorithm in ("shared", "ring"):
+        x = torch.ones(1_000_003)
+        handle = c.all_reduce(x, algorithm, async_op=True)
+        x.data = torch.zeros(3)
+        y = torch.full((1_000_003,), 7.0)  # where x was, if that had been let go
+        handle.wait()
+        assert y.unique().tolist() == [7.0]
+
+
+def tensors_without_memory(c: fastdp.comm.Communicator) -> None:
+    x = torch.ones(2000)
+    x.untyped_storage().resize_(0)
+    for algorithm in (None, "ring"):
+        with pytest.raises(ArgumentError, match=r"x.untyped_storage\(\).nbytes\(\)=0: must be enough for 2000"):
+            c.all_reduce(x, algorithm)
+    with pytest.raises(ArgumentError, match=r"x.is_neg\(\)=True: must be False"):
+        c.broadcast(torch._neg_view(torch.ones(3)))
+
+
+def no_file_descriptors_are_left(c: fastdp.comm.Communicator) -> None:
+    """A rank that is late is not taken for dead."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    c.barrier()
+    if c.rank == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        with pytest.raises(OSError) as caught:
+            os.open("/", os.O_RDONLY)
+        assert caught.value.errno == errno.EMFILE
+    else:
+        time.sleep(0.5)
+    assert c.all_reduce(torch.ones(3))[0] == c.size
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def frozen_parameters_and_buffers_start_as_rank_0s(c: fastdp.comm.Communicator) -> None:
+    torch.manual_seed(c.rank)
+    module = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    module[0].requires_grad_(False)
+    module.register_buffer("offset", torch.randn(()))
+    data = TensorDataset(torch.ones(50, 5), torch.zeros(50, dtype=torch.int64))
+    fastdp.PrivacyEngine().make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module[1].parameters(), lr=0.5),
+        data_loader=DataLoader(data, batch_size=10),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        comm=c,
+    )
+    states = c.allgather_object({name: x.tolist() for name, x in module.state_dict().items()})
+    assert len(states[0]) == 5 and all(state == states[0] for state in states)
+
+
+assert _mpi.max_segments == 1 << 16
+c = fastdp.comm.init(timeout=20)
+a_signal_handler_calls_a_collective(c, fastdp.comm.init(timeout=20))
+for check in (
+    numbers_of_shared_memory_are_used_again,
+    memory_is_replaced_under_way,
+    tensors_without_memory,
+    no_file_descriptors_are_left,
+    frozen_parameters_and_buffers_start_as_rank_0s,
+):
+    check(c)
+print(f"done: rank {c.rank}", flush=True)
