@@ -28,10 +28,12 @@ if(NOT fastdp_cuda)
 endif()
 
 set(CMAKE_CUDA_ARCHITECTURES ${FASTDP_CUDA_ARCHITECTURES})
-set(CMAKE_CUDA_STANDARD 20)
-set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
+if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION) # CMake 3.25 does not know nvcc 13's
+  set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+  set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+endif()
 add_library(fastdp_cuda_kernels OBJECT csrc/cuda/kernels.cu)
 set_target_properties(fastdp_cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON)
 # No contraction, as on the CPU (P2); what the compiler made of each kernel is printed, and read by tests/test_cuda.py.
