@@ -24,6 +24,9 @@ def allocate(comm: Communicator, total: int, begin: int, count: int) -> _mpi.Sha
     memory, offer, error = None, None, ""
     if comm.local_rank == 0:
         try:
+            # The system would not refuse more than there is: it would kill processes until it has it.
+            if total > (available := _available_bytes()):
+                raise CommError(f"shared memory: {total} bytes for this host's ranks: {available} are available")
             memory = _mpi.SharedMemory.create(total)
             offer = (os.getpid(), memory.file)
         except CommError as refused:
@@ -46,6 +49,16 @@ def allocate(comm: Communicator, total: int, begin: int, count: int) -> _mpi.Sha
     memory.touch()
     memory.close_file()
     return memory
+
+
+def _available_bytes() -> int:
+    """Of memory, without swapping; by proc(5), where that is there."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def join(comm: Communicator, native: _mpi.Communicator) -> None:

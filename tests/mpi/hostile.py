@@ -44,6 +44,12 @@ def numbers_of_shared_memory_are_used_again(c: fastdp.comm.Communicator) -> None
     assert native is not None and max(native.segments()) < 4 and kept[0] == 5
 
 
+def more_memory_than_there_is(c: fastdp.comm.Communicator) -> None:
+    with pytest.raises(CommError, match=r"shared memory: \d+ bytes for this host's ranks: \d+ are available"):
+        c.empty(1 << 40)
+    assert c.all_reduce(c.empty(3).fill_(1))[0] == c.size
+
+
 def memory_is_replaced_under_way(c: fastdp.comm.Communicator) -> None:
     for algorithm in ("shared", "ring"):
         x = torch.ones(1_000_003)
@@ -102,6 +108,7 @@ c = fastdp.comm.init(timeout=20)
 a_signal_handler_calls_a_collective(c, fastdp.comm.init(timeout=20))
 for check in (
     numbers_of_shared_memory_are_used_again,
+    more_memory_than_there_is,
     memory_is_replaced_under_way,
     tensors_without_memory,
     no_file_descriptors_are_left,
