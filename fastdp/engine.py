@@ -255,6 +255,8 @@ class PrivacyEngine:
                 None,
                 "fastdp.comm.init() under mpirun, or fastdp.comm.init(MPI.COMM_SELF) for a model of this rank's own",
             )
+        # mpi4py's own, say.
+        require(comm is None or hasattr(comm, "agree"), "comm", comm, "None or what fastdp.comm.init() returns")
         self._dimension = plan.normals(sum(s.numel for s in spans))
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
         key = self._shared_key(plan, records, module, optimizer, comm)

@@ -284,6 +284,12 @@ def test_a_step_is_in_the_ledger_before_anything_of_it_is_released(loop) -> None
     assert engine.ledger.steps == 1
 
 
+def test_a_communicator_of_another_library_is_refused() -> None:
+    module = MODELS["mlp"]()
+    with pytest.raises(fastdp.ArgumentError, match=r"^comm=.*: must be None or what fastdp.comm.init\(\) returns"):
+        private(module, torch.optim.SGD(module.parameters(), lr=0.1), data(), comm=object())
+
+
 class Watches(torch.optim.SGD):
     """Not torch's SGD itself, so the unfused path is taken; keeps what it was shown, then fails."""
 
