@@ -1,6 +1,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 __version__: str
 built_for: str  # "MPICH" or "Open MPI": whose binary interface was compiled in
 dtypes: tuple[str, ...]  # names of torch dtypes; the index is the code
@@ -12,6 +14,9 @@ max_segments: int
 
 def loaded_library() -> str:
     """What MPI_Get_library_version says in this module; may be called before MPI_Init."""
+
+def unfinished() -> bool:
+    """Whether a communicator is gone whose peers MPI_Finalize would wait for."""
 
 def process(id: int) -> tuple[int, int]:
     """A process of this host: its number, and when it began."""
@@ -54,7 +59,7 @@ class RowSum:
 class Communicator:
     """The collectives of csrc/comm/communicator.h. Raises CommError; releases the GIL while waiting.
 
-    start_...: the number of the collective, for test and wait.
+    written, others: kept until the collective has ended; then the version of `written` is incremented.
     """
 
     def __init__(self, fortran_handle: int, timeout: float, segment_bytes: int) -> None: ...
@@ -84,19 +89,26 @@ class Communicator:
     def segments(self) -> list[int]:
         """The numbers of those of which this rank has tensors."""
     def add_segment(self, memory: SharedMemory, number: int, part_bytes: int, local_rank: int) -> None: ...
-    def shared_sum(
+    def shared_sum(self, tensor: type, otherwise: Callable[..., Any]) -> Callable[..., Any]:
+        """all_reduce(x) in place, at once; where that is not what is asked for, otherwise(...)."""
+    def sum(
         self,
-        tensor: type,
-        increment_version: Callable[[Any], None],
-        otherwise: Callable[..., Any],
-        failed: Callable[[object], None],
-    ) -> Callable[..., Any]:
-        """all_reduce(x) in place, at once; where that is not what is asked for, otherwise(...). failed(x): when the sum
-        failed."""
-    def start_sum(self, operation: int, data: int, out: int, count: int, dtype: int, algorithm: int) -> int: ...
-    def start_all_gather(self, part: int, count: int, dtype: int, out: int, result: Callable[[int], int]) -> int:
+        operation: int,
+        data: int,
+        out: int,
+        count: int,
+        dtype: int,
+        algorithm: int,
+        written: Tensor,
+        others: object,
+        later: bool,
+    ) -> int:
+        """later: start it only; its number, for test and wait, is returned."""
+    def all_gather(
+        self, part: int, count: int, dtype: int, out: int, result: Callable[[int], int], others: object
+    ) -> None:
         """out: elements of the caller's result, or -1; result(elements) returns the address to write to."""
-    def start_broadcast(self, data: int, count: int, dtype: int, root: int) -> int: ...
-    def start_meeting(self, operation: int, count: int, dtype: int, width: int) -> int: ...
+    def broadcast(self, data: int, count: int, dtype: int, root: int, written: Tensor) -> None: ...
+    def meet(self, operation: int, count: int, dtype: int, width: int) -> None: ...
     def test(self, sequence: int) -> bool: ...
     def wait(self, sequence: int) -> None: ...

@@ -12,8 +12,8 @@ communicator is unusable, and so are the contents of the tensor passed to the ca
 
 from __future__ import annotations
 
-import hashlib
-import math
+import contextlib
+import numbers
 import os
 import pickle
 import sys
@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from fastdp import costs, hosts, sparse, window
+from fastdp import costs, hosts, native, sparse, window
 from fastdp.errors import ArgumentError, CommError, require
 from fastdp.launch import load_mpi
-from fastdp.native import check_key
-from fastdp.underway import Handle, UnderWay, increment_version, kept_for_late_peers
+from fastdp.underway import Handle, in_use, kept_for_late_peers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from mpi4py import MPI
 
@@ -73,7 +72,7 @@ def init(
         f"a number of seconds > 0, at most {MAX_TIMEOUT:.0e}",
     )
     require(
-        isinstance(segment_bytes, int) and 8 <= segment_bytes <= MAX_SEGMENT_BYTES and segment_bytes % 8 == 0,
+        _is_int(segment_bytes) and 8 <= segment_bytes <= MAX_SEGMENT_BYTES and segment_bytes % 8 == 0,
         "segment_bytes",
         segment_bytes,
         f"a multiple of 8 in [8, {MAX_SEGMENT_BYTES}]",
@@ -126,8 +125,8 @@ class Communicator:
         except BaseException:
             kept_for_late_peers.append(mpi_comm)
             raise
-        self._under_way = UnderWay(self._native)
-        self._place = hosts.find(self)
+        in_use.add(self._native)
+        self._place = hosts.find(self, shared_memory)
         if self._place.crowded:
             self._native.share_cores()
         if shared_memory:
@@ -148,13 +147,14 @@ class Communicator:
         if self.hosts == 1:
             self.meets_in_memory = True
             if self.algorithm in ("auto", "shared"):  # the usual call goes a shorter way, in csrc/comm/mpi_bindings.cpp
-                this: Callable[[], Any] = weakref.ref(self)  # or self would hold itself
-                self.all_reduce = self._native.shared_sum(  # type: ignore[method-assign]
-                    torch.Tensor,
-                    increment_version,
-                    lambda *args, **kwargs: Communicator.all_reduce(this(), *args, **kwargs),
-                    self._under_way.keep_after_failure,
-                )
+                this = weakref.ref(self)  # or self would hold itself
+
+                def otherwise(*args: Any, **kwargs: Any) -> Any:
+                    if (comm := this()) is None:
+                        raise CommError("all_reduce: its communicator was dropped")
+                    return Communicator.all_reduce(comm, *args, **kwargs)
+
+                self.all_reduce = self._native.shared_sum(torch.Tensor, otherwise)  # type: ignore[method-assign]
 
     @property
     def host(self) -> list[int]:
@@ -184,14 +184,15 @@ class Communicator:
         are given it. Its storage is no larger than itself. Where no memory is shared, an ordinary tensor.
         Raises CommError on all ranks if there is not enough memory, or if they differ in the arguments.
         """
-        require(type(numel) is int and numel >= 0, "numel", numel, "an int >= 0")
+        require(_is_int(numel) and numel >= 0, "numel", numel, "an int >= 0")
         is_known = isinstance(dtype, torch.dtype) and dtype in self._codes
         require(is_known, "dtype", dtype, f"one of {', '.join(map(str, self._codes))}")
         require(numel * dtype.itemsize <= MAX_BYTES, "numel", numel, f"at most {MAX_BYTES} bytes of {dtype}")
         if not self.shares_memory:
             return torch.zeros(numel, dtype=dtype)
-        self.meet("empty", numel, dtype)
-        return self.segment(numel * dtype.itemsize).tensor(numel, dtype)
+        with self.whole("empty"):
+            self.meet("empty", numel, dtype)
+            return self.segment(numel * dtype.itemsize).tensor(numel, dtype)
 
     def segment(self, part_bytes: int) -> window.Segment:
         """Memory for several tensors, which all ranks lay out alike. All ranks call it; only where memory is shared."""
@@ -223,7 +224,7 @@ class Communicator:
         async_op: return a Handle at once, and leave x and out alone until it says that it is done.
         """
         name = self.algorithm if algorithm is None else algorithm
-        code = _dtype_code(x, self._summable)
+        code = native.dtype_code(x, self._summable)
         if out is not None:
             self._check_out(x, out)
         into = x if out is None else out
@@ -235,9 +236,12 @@ class Communicator:
         numel = x.numel()
         chosen = self._algorithms[self._costs.choose(numel * x.itemsize) if name == "auto" else self._known(name)]
         operation = self._operations["all_reduce"]
-        return self._under_way.run(
-            self._native.start_sum, (operation, x.data_ptr(), into.data_ptr(), numel, code, chosen), into, x, async_op
+        # A tensor may be given other memory while it is under way: what is kept has the old one, and the same version.
+        written, others = (into.detach(), (x.detach(), into)) if async_op else (into, x)
+        number = self._native.sum(
+            operation, x.data_ptr(), into.data_ptr(), numel, code, chosen, written, others, async_op
         )
+        return Handle(self._native, number, into) if async_op else into
 
     def reduce_scatter(self, x: torch.Tensor, algorithm: str | None = None) -> torch.Tensor:
         """Sum `x` over the ranks and return this rank's slice of the sum, [numel / size]: a view of x, 1-d.
@@ -249,15 +253,13 @@ class Communicator:
         Guarantee: bitwise the slice of `all_reduce` by the same algorithm.
         Raises CommError on every rank when ranks differ in numel, dtype or operation.
         """
-        code = _dtype_code(x, self._summable)
+        code = native.dtype_code(x, self._summable)
         name = self._known(self.algorithm if algorithm is None else algorithm)
         if self._native is not None:
             if name not in ("shared", "ring"):
                 name = "shared" if self.meets_in_memory else "ring"
-            address = x.data_ptr()
-            operation = self._operations["reduce_scatter"]
-            arguments = (operation, address, address, x.numel(), code, self._algorithms[name])
-            self._under_way.run(self._native.start_sum, arguments, x)
+            address, operation = x.data_ptr(), self._operations["reduce_scatter"]
+            self._native.sum(operation, address, address, x.numel(), code, self._algorithms[name], x, None, False)
         part, rest = divmod(x.numel(), self.size)
         begin = self.rank * part + min(self.rank, rest)
         return x.detach().view(-1)[begin : begin + part + (self.rank < rest)]
@@ -270,9 +272,9 @@ class Communicator:
         may lie in it. None: a new 1-d tensor. Some ranks may give one and others not.
         Raises CommError on every rank when ranks differ in dtype or operation, or an `out` has another numel.
         """
-        _dtype_code(part, self._codes, "part")
+        native.dtype_code(part, self._codes, "part")
         if out is not None:
-            _dtype_code(out, self._codes, "out")
+            native.dtype_code(out, self._codes, "out")
             require(out.dtype == part.dtype, "out.dtype", out.dtype, f"that of part, {part.dtype}")
         if self._native is None:
             total = part.numel()
@@ -282,7 +284,9 @@ class Communicator:
             return out
         if out is None:
             return self.gather(part, -1, lambda elements: torch.empty(elements, dtype=part.dtype))
-        return self.gather(part, out.numel(), lambda _: out)
+        self.gather(part, out.numel(), lambda _: out)
+        torch.autograd.graph.increment_version(out)
+        return out
 
     def gather(self, part: torch.Tensor, numel: int, room: Callable[[int], torch.Tensor]) -> torch.Tensor:
         """`all_gather` to what room(elements of all parts) returns. numel: of that, or -1 for as many as it takes."""
@@ -293,9 +297,7 @@ class Communicator:
             return kept[-1].data_ptr()
 
         assert self._native is not None
-        arguments = (part.data_ptr(), part.numel(), self._codes[part.dtype], numel, result)
-        self._under_way.run(self._native.start_all_gather, arguments, kept)
-        increment_version((kept[-1],))
+        self._native.all_gather(part.data_ptr(), part.numel(), self._codes[part.dtype], numel, result, kept)
         return kept[-1]
 
     def sparse_all_reduce(
@@ -312,7 +314,10 @@ class Communicator:
 
     def shard(self, optimizer: torch.optim.Optimizer, spans: Sequence[Span]) -> Sharded:
         """The parameters of `optimizer`, at `spans`, and a flat buffer for their gradients, to be stepped by
-        `reduce_noise_step`. All ranks call it with parameters that are equal."""
+        `reduce_noise_step`. All ranks call it with parameters that are equal.
+
+        Its state, momentum for example, is one for all ranks of a host: whoever changes it in place does so on one.
+        """
         from fastdp.sharded import Sharded
 
         require(self.shares_memory, "comm", repr(self), "of several ranks that share memory")
@@ -342,38 +347,35 @@ class Communicator:
         the optimizer's settings, stall or die; ArgumentError where the optimizer's state is not what it made itself,
         and then this communicator fails on the others.
         """
-        native = self._native
-        _check_step(self, sharded, noise_std, batch_size, key, step, tables)
-        assert native is not None
-        sharded.prepare()
-        self.agree(sharded.flat, noise_std, batch_size, key, step, sharded.groups())
-        if self.hosts > 1:
-            sparse.sum_flat(self, sharded.flat, tables)
-            self.meet("barrier")
-        try:
-            sharded.step(noise_std, batch_size, key, step)
-        except BaseException as error:
-            native.fail(f"reduce_noise_step on rank {self.rank}: {type(error).__name__}: {error}")
-            raise
-        self.meet("barrier")
+        from fastdp.sharded import check_step, digest
 
-    def agree(
-        self,
-        flat: torch.Tensor,
-        noise_std: float,
-        batch_size: int,
-        key: torch.Tensor,
-        step: int,
-        groups: list[dict[str, Any]],
-    ) -> None:
-        """Return when all ranks have called this with the same; CommError on all if they differ. groups: the
-        optimizer's, of which parameters are left out."""
-        if self._native is None:
-            return
-        settings = [sorted((k, v) for k, v in group.items() if k != "params") for group in groups]
-        words = repr((noise_std, batch_size, step, settings)).encode() + key.numpy().tobytes()
-        digest = hashlib.blake2b(words, digest_size=8).digest()
-        self.meet("reduce_noise_step", flat.numel(), flat.dtype, int.from_bytes(digest, "little") >> 1)
+        check_step(self, sharded, noise_std, batch_size, key, step, tables)
+        with self.whole("reduce_noise_step"):
+            sharded.prepare()
+            self.agree(sharded.flat, digest(noise_std, batch_size, key, step, sharded.groups(), tables))
+            if self.hosts > 1:
+                sparse.sum_flat(self, sharded.flat, tables)
+                self.meet("barrier")
+            sharded.step(noise_std, batch_size, key, step)
+            self.meet("barrier")
+
+    def agree(self, flat: torch.Tensor, digest: int) -> None:
+        """Return when all ranks have called this for a step on as many elements of that dtype, and with the same digest
+        (`sharded.digest`); CommError on all if they differ."""
+        self.meet("reduce_noise_step", flat.numel(), flat.dtype, digest)
+
+    @contextlib.contextmanager
+    def whole(self, name: str) -> Iterator[None]:
+        """What is one thing to its caller, and several collectives here. Whoever leaves it by an exception fails it for
+        all ranks, or its next collective would meet the rest of theirs. CommErrors are known to all already."""
+        try:
+            yield
+        except CommError:
+            raise
+        except BaseException as error:
+            if self._native is not None:
+                self._native.fail(f"{name} on rank {self.rank}: {type(error).__name__}: {error}")
+            raise
 
     def _known(self, algorithm: str) -> str:
         if not isinstance(algorithm, str) or (algorithm != "auto" and algorithm not in self._algorithms):
@@ -383,14 +385,15 @@ class Communicator:
     def broadcast(self, x: torch.Tensor, root: int = 0) -> torch.Tensor:
         """Copy `x` (contiguous, on the CPU) from rank `root` to the others, in place; returns x."""
         self._check_root(root)
-        code = _dtype_code(x, self._codes)
+        code = native.dtype_code(x, self._codes)
         if self._native is not None:
-            self._under_way.run(self._native.start_broadcast, (x.data_ptr(), x.numel(), code, root), x)
+            self._native.broadcast(x.data_ptr(), x.numel(), code, root, x)
         return x
 
     def wish(self, value: bool) -> None:
         """Say "stop", for example, with this rank's next collectives: all ranks learn of it by `wished` after each. It
         travels in their headers, and costs nothing."""
+        require(isinstance(value, bool), "value", value, "a bool")
         if self._native is not None:
             self._native.set_note(value)
         else:
@@ -411,9 +414,10 @@ class Communicator:
         if self.size == 1:
             return obj
         data = bytearray(pickle.dumps(obj)) if self.rank == root else bytearray()
-        numel = int(self.broadcast(torch.tensor([len(data)]), root))
-        data.extend(bytes(numel - len(data)))
-        self.broadcast(torch.frombuffer(data, dtype=torch.uint8), root)
+        with self.whole("bcast_object"):
+            numel = int(self.broadcast(torch.tensor([len(data)]), root))
+            data.extend(bytes(numel - len(data)))
+            self.broadcast(torch.frombuffer(data, dtype=torch.uint8), root)
         return obj if self.rank == root else pickle.loads(data)
 
     def allgather_object(self, obj: Any) -> list[Any]:
@@ -421,8 +425,9 @@ class Communicator:
         if self.size == 1:
             return [obj]
         data = pickle.dumps(obj)
-        lengths = self.all_gather(torch.tensor([len(data)])).tolist()
-        together = bytes(self.all_gather(torch.frombuffer(bytearray(data), dtype=torch.uint8)).numpy())
+        with self.whole("allgather_object"):
+            lengths = self.all_gather(torch.tensor([len(data)])).tolist()
+            together = bytes(self.all_gather(torch.frombuffer(bytearray(data), dtype=torch.uint8)).numpy())
         ends = [sum(lengths[: rank + 1]) for rank in range(self.size)]
         return [pickle.loads(together[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
@@ -437,17 +442,16 @@ class Communicator:
     def explain(self, nbytes: int) -> str:
         """What "auto" takes for an all-reduce of so many bytes, and the seconds that it and the others are expected to
         take. All ranks call it: the first time, costs may have to be measured (some tenths of a second)."""
-        require(isinstance(nbytes, int) and nbytes >= 0, "nbytes", nbytes, "an int >= 0")
+        require(_is_int(nbytes) and nbytes >= 0, "nbytes", nbytes, "an int >= 0")
         return self._costs.explain(nbytes)
 
     def meet(self, operation: str, count: int = 0, dtype: torch.dtype = torch.float32, width: int = 0) -> None:
         """Return when all ranks have called this with the same arguments; CommError on all if they differ."""
         if self._native is not None:
-            arguments = (self._operations[operation], count, self._codes[dtype], width)
-            self._under_way.run(self._native.start_meeting, arguments, None)
+            self._native.meet(self._operations[operation], count, self._codes[dtype], width)
 
     def _check_out(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        _dtype_code(out, self._summable, "out")
+        native.dtype_code(out, self._summable, "out")
         require(out.dtype == x.dtype, "out.dtype", out.dtype, f"that of x, {x.dtype}")
         require(out.numel() == x.numel(), "out.numel()", out.numel(), f"{x.numel()}, that of x")
         begin, other, nbytes = x.data_ptr(), out.data_ptr(), x.nbytes
@@ -455,40 +459,9 @@ class Communicator:
         require(apart, "out", "overlaps x", "x itself, or apart from it")
 
     def _check_root(self, root: int) -> None:
-        require(isinstance(root, int) and 0 <= root < self.size, "root", root, f"a rank in [0, {self.size - 1}]")
+        require(_is_int(root) and 0 <= root < self.size, "root", root, f"a rank in [0, {self.size - 1}]")
 
 
-def _check_step(
-    comm: Communicator,
-    sharded: Sharded,
-    noise_std: float,
-    batch_size: int,
-    key: torch.Tensor,
-    step: int,
-    tables: Mapping[Span, torch.Tensor],
-) -> None:
-    require(sharded.belongs_to(comm), "sharded", "of another communicator", "made by this one's shard()")
-    is_number = isinstance(noise_std, (int, float)) and math.isfinite(noise_std) and noise_std >= 0
-    require(is_number, "noise_std", noise_std, "finite and >= 0")
-    require(isinstance(batch_size, int) and batch_size >= 1, "batch_size", batch_size, "an int >= 1")
-    require(isinstance(key, torch.Tensor), "key", type(key).__name__, "a uint8[32] tensor")
-    require(isinstance(step, int), "step", step, "an int")
-    check_key(key, step)
-    for span, rows in tables.items():
-        ascending = len(rows) < 2 or bool((rows[1:] > rows[:-1]).all())
-        require(ascending, f"tables[{span.name}]", "not ascending", "ascending: a row that comes twice counts twice")
-
-
-def _dtype_code(x: torch.Tensor, codes: dict[torch.dtype, int], name: str = "x") -> int:
-    # One expression for the good case: this is on the path of every collective.
-    if isinstance(x, torch.Tensor) and x.is_cpu and x.layout is torch.strided and x.is_contiguous():
-        code = codes.get(x.dtype)
-        if code is not None and (x.data_ptr() or not x.numel()) and not x.is_neg():
-            return code
-    require(isinstance(x, torch.Tensor), name, type(x).__name__, "a torch.Tensor")
-    require(x.dtype in codes, f"{name}.dtype", x.dtype, f"one of {', '.join(map(str, codes))}")
-    require(x.is_cpu, f"{name}.device", str(x.device), "cpu")
-    require(x.layout is torch.strided, f"{name}.layout", x.layout, "torch.strided")
-    require(x.data_ptr() != 0 or x.numel() == 0, f"{name}.untyped_storage().nbytes()", 0, f"enough for {x.numel()}")
-    require(not x.is_neg(), f"{name}.is_neg()", True, "False: call resolve_neg()")
-    raise ArgumentError(f"{name}.stride()", x.stride(), f"that of a contiguous tensor of shape {tuple(x.shape)}")
+def _is_int(x: object) -> bool:
+    """NumPy's among them."""
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)

@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fastdp import accounting, layers, ledger, native, sharded, watch
+from fastdp import accounting, alike, layers, ledger, native, sharded, watch
 from fastdp.clipping import GradientSum, Span, flat_numel, spans_of
 from fastdp.comm import Communicator
-from fastdp.errors import ArgumentError, CommError, PrivacyError, require
+from fastdp.errors import ArgumentError, PrivacyError, require
 from fastdp.launch import launched_ranks
 from fastdp.optimizer import PrivateOptimizer
 from fastdp.plan import CLIPPINGS, Clipping, Plan, bounds_of_layers
@@ -259,7 +259,7 @@ class PrivacyEngine:
         require(comm is None or hasattr(comm, "agree"), "comm", comm, "None or what fastdp.comm.init() returns")
         self._dimension = plan.normals(sum(s.numel for s in spans))
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
-        key = self._shared_key(plan, records, module, optimizer, comm)
+        key = self._shared_key(plan, module, optimizer, data_loader, comm)
         self._open_ledger(plan, target, comm)
         recorder = layers.Recorder()
         try:
@@ -325,27 +325,25 @@ class PrivacyEngine:
     def _shared_key(
         self,
         plan: Plan,
-        records: int,
         module: nn.Module,
         optimizer: Optimizer,
+        data_loader: DataLoader[Any],
         comm: Communicator | None,
     ) -> SecretKey:
         """Rank 0's key, parameters and buffers on all ranks, after a check that they run the same plan."""
         secret = os.urandom(32) if self.seed is None else hashlib.sha256(b"fastdp test %d" % self.seed).digest()
         if comm is not None and comm.size > 1:
-            groups = [sorted((k, str(v)) for k, v in g.items() if k != "params") for g in optimizer.param_groups]
-            state = [*module.named_parameters(), *module.named_buffers()]
-            shapes = [(name, tuple(x.shape), x.dtype, x.requires_grad) for name, x in state]
-            account = (self.ledger.accountant, self.ledger.prior, self.seed is None, self._ledger_path is None)
-            mine = (plan, records, shapes, type(optimizer).__name__, groups, account)
-            for rank, other in enumerate(comm.allgather_object(mine)):
-                if other != mine:
-                    raise CommError(
-                        f"rank {rank} runs another plan, data size, model, optimizer or account than rank {comm.rank}"
-                    )
+            account = {
+                "accountant": self.ledger.accountant,
+                "prior": self.ledger.prior,
+                "seed": "none" if self.seed is None else "given",
+                "ledger": "none" if self._ledger_path is None else "given",
+            }
+            alike.check(comm, plan, module, optimizer, data_loader, account)
             secret = comm.bcast_object(secret, 0)
             with torch.no_grad():
-                for _, x in state:  # those that are frozen, too: gradients of different models must not be summed
+                # Those that are frozen, too: gradients of different models must not be summed.
+                for x in (*module.parameters(), *module.buffers()):
                     copy = x.data.contiguous()
                     comm.broadcast(copy.view(torch.uint8) if copy.dim() else copy.view(1).view(torch.uint8), 0)
                     x.data.copy_(copy)

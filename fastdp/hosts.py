@@ -7,6 +7,8 @@ import os
 import platform
 from typing import TYPE_CHECKING
 
+from fastdp.errors import CommError
+
 if TYPE_CHECKING:
     from fastdp.comm import Communicator
 
@@ -24,9 +26,12 @@ class Place:
 ALONE = Place([0], 0, 1, False)
 
 
-def find(comm: Communicator) -> Place:
-    """All ranks call it."""
-    names, cores = zip(*comm.allgather_object((name(), _cores())), strict=True)
+def find(comm: Communicator, shared_memory: bool) -> Place:
+    """All ranks call it. Raises CommError on all of them where they differ in what they want."""
+    names, cores, wishes = zip(*comm.allgather_object((name(), _cores(), shared_memory)), strict=True)
+    if len(set(wishes)) > 1:
+        with_memory, without = ([rank for rank, wish in enumerate(wishes) if wish is on] for on in (True, False))
+        raise CommError(f"ranks disagree: shared_memory=True on ranks {with_memory}, False on {without}")
     known = list(dict.fromkeys(names))
     host = [known.index(each) for each in names]
     here = host[comm.rank]

@@ -369,3 +369,20 @@ def _addresses(a: Tensor, weight: Tensor | None, bias: Tensor | None, n: int) ->
             found = f"{out.dtype}{list(out.shape)}"
             raise ArgumentError(name, found, f"contiguous {sum_dtype(a.dtype)}[{a.shape[0]}, {n}]")
     return tuple(0 if out is None else out.data_ptr() for out in (weight, bias))  # type: ignore[return-value]
+
+
+def dtype_code(x: torch.Tensor, codes: dict[torch.dtype, int], name: str = "x") -> int:
+    """codes[x.dtype] of a packed tensor with memory, on the CPU."""
+    # One expression for the good case: this is on the path of every collective.
+    if isinstance(x, torch.Tensor) and x.is_cpu and x.layout is torch.strided and x.is_contiguous():
+        code = codes.get(x.dtype)
+        if code is not None and (x.data_ptr() or not x.numel()) and not x.is_neg():
+            return code
+    require(isinstance(x, torch.Tensor), name, type(x).__name__, "a torch.Tensor")
+    known = ", ".join(map(str, codes))
+    require(x.dtype in codes, f"{name}.dtype", x.dtype, f"one of {known}" if len(codes) > 1 else known)
+    require(x.is_cpu, f"{name}.device", str(x.device), "cpu")
+    require(x.layout is torch.strided, f"{name}.layout", x.layout, "torch.strided")
+    require(x.data_ptr() != 0 or x.numel() == 0, f"{name}.untyped_storage().nbytes()", 0, f"enough for {x.numel()}")
+    require(not x.is_neg(), f"{name}.is_neg()", True, "False: call resolve_neg()")
+    raise ArgumentError(f"{name}.stride()", x.stride(), f"that of a contiguous tensor of shape {tuple(x.shape)}")

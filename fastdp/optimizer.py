@@ -20,7 +20,7 @@ from fastdp.probe import Probe
 from fastdp.profile import Profile
 from fastdp.sampling import PrivateLoader
 from fastdp.secret import SecretKey
-from fastdp.sharded import Sharded
+from fastdp.sharded import Sharded, digest
 
 
 class PrivateOptimizer(Optimizer):
@@ -161,28 +161,32 @@ class PrivateOptimizer(Optimizer):
         """
         plan, comm = self.plan, self._comm
         is_fused = self._one_dtype and fused.is_fused(self.inner) and not plan.secure_mode
-        if comm is not None:
-            comm.wish(self._wants_to_stop)
-        if comm is not None and is_fused and self._sharded is not None:
+        one_rank_step = self._noise_and_step if is_fused else self._noise_then_inner
+        if comm is None:
+            one_rank_step(step)
+            self.asked_to_stop = self._wants_to_stop
+            return
+        comm.wish(self._wants_to_stop)
+        key, flat, tables = self._key.tensor(), self.gradient.flat, self.gradient.tables
+        if is_fused and self._sharded is not None:
             comm.reduce_noise_step(
                 self._sharded,
                 noise_std=plan.noise_std,
                 batch_size=plan.batch_size,
-                key=self._key.tensor(),
+                key=key,
                 step=step,
-                tables=self.gradient.tables if comm.hosts > 1 else {},
+                tables=tables if comm.hosts > 1 else {},
             )
             torch.autograd.graph.increment_version(list(self._spans))
         else:
-            if comm is not None:
+            with comm.whole("optimizer.step()"):
                 if self._sharded is not None:
                     self._sharded.leave()
-                key = self._key.tensor()
-                comm.agree(self.gradient.flat, plan.noise_std, plan.batch_size, key, step, self.param_groups)
-                sparse.sum_flat(comm, self.gradient.flat, self.gradient.tables)
+                comm.agree(flat, digest(plan.noise_std, plan.batch_size, key, step, self.param_groups, tables))
+                sparse.sum_flat(comm, flat, tables)
                 self._mark("reduce")
-            (self._noise_and_step if is_fused else self._noise_then_inner)(step)
-        self.asked_to_stop = self._wants_to_stop if comm is None else comm.wished
+                one_rank_step(step)
+        self.asked_to_stop = comm.wished
 
     def _record(self) -> None:
         plan = self.plan

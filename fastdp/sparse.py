@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdp.errors import ArgumentError, require
+from fastdp.native import dtype_code
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from fastdp.clipping import Span
     from fastdp.comm import Communicator
 
-DTYPES = (torch.float32, torch.float64)
+DTYPES = {torch.float32: 0, torch.float64: 1}
+ROWS = {torch.int64: 0}
 MAX_ROWS = 1 << 36  # leaves 27 bits of a word for which of all ranks' rows it is
 MAX_WIDTH = 1 << 32
 HEAD = 8  # bytes: how many rows come
@@ -40,11 +42,12 @@ class SparseSum:
         rows = (indices.data_ptr(), len(indices), values.data_ptr())
         if native is None:
             return _add_up([rows], table, values)
-        comm.meet("sparse_all_reduce", table, values.dtype, values.shape[1])
-        lists = self._in_memory(native, rows, values) or self._gathered(indices, values)
-        if sum(count for _, count, _ in lists) > 2 * table:  # more than the dense sum moves
-            return self._dense(indices, values, table)
-        return _add_up(lists, table, values)
+        with comm.whole("sparse_all_reduce"):
+            comm.meet("sparse_all_reduce", table, values.dtype, values.shape[1])
+            lists = self._in_memory(native, rows, values) or self._gathered(indices, values)
+            if sum(count for _, count, _ in lists) > 2 * table:  # more than the dense sum moves
+                return self._dense(indices, values, table)
+            return _add_up(lists, table, values)
 
     def _in_memory(self, native: _mpi.Communicator, rows: Rows, values: Tensor) -> list[Rows]:
         """Everybody's, where they lie in memory that all ranks share; none if some do not fit there."""
@@ -119,19 +122,21 @@ def sum_flat(comm: Communicator, flat: Tensor, tables: Mapping[Span, Tensor]) ->
 
 
 def check(indices: Tensor, values: Tensor, table: int) -> None:
-    for name, x, dtypes in (("indices", indices, (torch.int64,)), ("values", values, DTYPES)):
-        require(isinstance(x, Tensor), name, type(x).__name__, "a torch.Tensor")
-        require(x.dtype in dtypes, f"{name}.dtype", x.dtype, " or ".join(map(str, dtypes)))
-        require(x.is_cpu, f"{name}.device", str(x.device), "cpu")
-        require(x.is_contiguous(), f"{name}.stride()", x.stride(), "that of a contiguous tensor")
-    within = isinstance(table, int) and 0 <= table <= MAX_ROWS
+    dtype_code(values, DTYPES, "values")
+    within = type(table) is int and 0 <= table <= MAX_ROWS
     require(within, "numel", table, f"an int in [0, {MAX_ROWS}]: the rows of the table")
-    require(indices.dim() == 1, "indices.shape", list(indices.shape), "[K]")
+    check_rows("indices", indices, table)
     fits = values.dim() == 2 and values.shape[0] == indices.shape[0]
     fits = fits and values.shape[1] <= MAX_WIDTH
     require(fits, "values.shape", list(values.shape), f"[{indices.shape[0]}, width], width at most {MAX_WIDTH}")
+
+
+def check_rows(name: str, rows: Tensor, table: int) -> None:
+    """Indices of a table of so many rows."""
     from fastdp import _mpi
 
-    place = _mpi.row_outside(indices.data_ptr(), len(indices), table)
-    if place < len(indices):
-        raise ArgumentError(f"indices[{place}]", int(indices[place]), f"a row in [0, {table})")
+    dtype_code(rows, ROWS, name)
+    require(rows.dim() == 1, f"{name}.shape", list(rows.shape), "[K]")
+    place = _mpi.row_outside(rows.data_ptr(), len(rows), table)
+    if place < len(rows):
+        raise ArgumentError(f"{name}[{place}]", int(rows[place]), f"a row in [0, {table})")

@@ -44,8 +44,12 @@ class Communicator {
   Communicator& operator=(const Communicator&) = delete;
 
   ~Communicator() {
+    if (!running_.empty()) fail("the communicator was dropped with collectives under way");
+    if (!failure_.empty() && pending()) unfinished = true;
     if (transport_->outstanding() > 0) abandon();
   }
+  // Whether one is gone whose peers MPI_Finalize would wait for.
+  static inline std::atomic<bool> unfinished = false;
 
   // From now on the ranks of this host meet in `memory`, and the hosts are known. Between collectives, on all ranks.
   void join(std::unique_ptr<Hosts> hosts) {
@@ -53,19 +57,22 @@ class Communicator {
     algorithms_->join(*hosts_);
   }
 
+  // What the caller wants kept until a collective has ended, or for good where MPI may still write after a failure.
+  using Keep = std::shared_ptr<void>;
+
   // Sums data [count] over the ranks into out, which is data or does not overlap it: all of it, or for a reduce_scatter
   // this rank's chunk (even_chunks), and then the other chunks are left with anything.
   std::int64_t start_sum(Operation operation, void* data, void* out, std::size_t count, DType dtype,
-                         Algorithm algorithm) {
+                         Algorithm algorithm, Keep keep = {}) {
     const Header header = sum_header(operation, data, out, count, dtype, algorithm);
     return start(
-        header, [=, this] { return algorithms_->sum(running_.front().header, data, out); },
+        header, [=, this] { return algorithms_->sum(running_.front().header, data, out); }, std::move(keep),
         header.algorithm == Algorithm::shared && operation == Operation::all_reduce ? data : nullptr);
   }
 
   // An all-reduce by loads and stores, at once: the same as start_sum and wait, without what makes those wait their
-  // turn.
-  void sum_shared(void* data, void* out, std::size_t count, DType dtype) {
+  // turn. What has ended since the last call.
+  std::vector<Keep> sum_shared(void* data, void* out, std::size_t count, DType dtype) {
     const Busy busy(*this);
     while (!running_.empty()) wait_for(sequence_);
     Header header = sum_header(Operation::all_reduce, data, out, count, dtype, Algorithm::shared);
@@ -78,36 +85,39 @@ class Communicator {
       if (const auto work = algorithms_->sum(header, data, out)) wait.finish(*work);
     });
     finished_ = sequence_;
+    return std::exchange(ended_, {});
   }
 
   // part [count], which may lie in the result. `result` maps the elements of all parts to where they go, [elements],
   // which outlives the transport's requests if this throws. out: how many it has room for, -1 for as many as needed.
   std::int64_t start_all_gather(const void* part, std::size_t count, DType dtype, std::int64_t out,
-                                std::function<void*(std::size_t)> result) {
+                                std::function<void*(std::size_t)> result, Keep keep = {}) {
     Header header = header_of(Operation::all_gather, count, dtype);
     header.out = out;
-    return start(header, [=, this] {
+    const auto body = [=, this] {
       std::vector<std::size_t> begins{0};  // bytes
       for (const Header& each : headers_->of)
         begins.push_back(begins.back() + static_cast<std::size_t>(each.count) * item_bytes(dtype));
       auto* bytes = static_cast<std::uint8_t*>(result(begins.back() / item_bytes(dtype)));
       if (count > 0) std::memmove(bytes + begins[rank()], part, count * item_bytes(dtype));
       return algorithms_->move(bytes, std::move(begins));
-    });
+    };
+    return start(header, body, std::move(keep));
   }
 
   // data [count]: from `root` to the others
-  std::int64_t start_broadcast(void* data, std::size_t count, DType dtype, int root) {
+  std::int64_t start_broadcast(void* data, std::size_t count, DType dtype, int root, Keep keep = {}) {
     Header header = header_of(Operation::broadcast, count, dtype);
     header.root = root;
-    return start(header, [=, this]() -> std::unique_ptr<Work> {
+    const auto body = [=, this]() -> std::unique_ptr<Work> {
       const std::size_t bytes = count * item_bytes(dtype);
       if (!single_host())
         return std::make_unique<TreeBroadcast>(*transport_, static_cast<std::byte*>(data), bytes, root, segment_bytes_);
       std::vector<std::size_t> parts(size() + 1, 0);
       std::fill(parts.begin() + root + 1, parts.end(), bytes);
       return algorithms_->move(static_cast<std::uint8_t*>(data), std::move(parts));
-    });
+    };
+    return start(header, body, std::move(keep));
   }
 
   // Nothing but the headers: a barrier, or what comes before and after the ranks touch each other's memory by
@@ -115,23 +125,26 @@ class Communicator {
   std::int64_t start_meeting(Operation operation, std::size_t count, DType dtype, std::int64_t width) {
     Header header = header_of(operation, count, dtype);
     header.root = width;
-    return start(header, [] { return nullptr; });
+    return start(header, [] { return nullptr; }, {});
   }
 
-  // Whether the collective of that number has ended.
-  bool test(std::int64_t sequence) {
+  // Whether the collective of that number has ended; and what has ended since the last call.
+  std::pair<bool, std::vector<Keep>> test(std::int64_t sequence) {
     const Busy busy(*this);
     while (finished_ < sequence && advance()) {
     }
-    if (finished_ >= sequence) return true;
-    failing(running_.front().header, [&] { wait_->check_deadline(running_.front().work); });
-    if (policy_.yield_for.count() == 0) sched_yield();  // those who are waited for may need this core
-    return false;
+    const bool ended = finished_ >= sequence;
+    if (!ended) {
+      failing(running_.front().header, [&] { wait_->check_deadline(running_.front().work); });
+      if (policy_.yield_for.count() == 0) sched_yield();  // those who are waited for may need this core
+    }
+    return {ended, std::exchange(ended_, {})};
   }
 
-  void wait(std::int64_t sequence) {
+  std::vector<Keep> wait(std::int64_t sequence) {
     const Busy busy(*this);
     wait_for(sequence);
+    return std::exchange(ended_, {});
   }
 
   // This rank gives up: the others are told, where they can be, and no call succeeds any more.
@@ -144,6 +157,7 @@ class Communicator {
 
   // In a process that was forked from this rank: the rank lives on elsewhere, and nobody is told anything.
   void forked() {
+    forked_ = true;
     if (failure_.empty()) failure_ = "this process was forked from rank " + std::to_string(rank()) + ", which goes on";
   }
 
@@ -169,7 +183,7 @@ class Communicator {
   const std::string& failure() const { return failure_; }
   // Whether MPI may wait for a rank that is gone, or memory passed to a failed collective be read or written by a late
   // one.
-  bool pending() const { return peers_missing_ || transport_->outstanding() > 0; }
+  bool pending() const { return !forked_ && (peers_missing_ || transport_->outstanding() > 0); }
 
  private:
   struct Headers {
@@ -180,6 +194,7 @@ class Communicator {
   struct Running {
     Header header;
     InTurn work;
+    Keep keep;
   };
 
   // One thread at a time, and no signal handler in the middle of a collective.
@@ -200,8 +215,7 @@ class Communicator {
   };
 
   // MPI has no safe way to take back a send, so after a failure the memory of requests in flight is leaked on purpose,
-  // at most kTrees * kReceiveBuffers segments per failed communicator. The caller's tensor is kept alive by
-  // fastdp/comm.py.
+  // at most kTrees * kReceiveBuffers segments per failed communicator, and what the caller wanted kept.
   void abandon() {
     static_cast<void>(headers_.release());
     static_cast<void>(algorithms_.release());
@@ -219,7 +233,7 @@ class Communicator {
   }
 
   // data: of an all-reduce by loads and stores, else null.
-  std::int64_t start(Header header, InTurn::Make body, const void* data = nullptr) {
+  std::int64_t start(Header header, InTurn::Make body, Keep keep, const void* data = nullptr) {
     const Busy busy(*this);
     if (header.algorithm == Algorithm::shared && header.operation <= Operation::reduce_scatter && !single_host())
       throw Failure("algorithm \"shared\" is for ranks that share memory");
@@ -234,7 +248,7 @@ class Communicator {
       check_news();  // a rank that comes too late finds the others' headers, but they have left since
       return nullptr;
     };
-    running_.push_back({header, InTurn({roll, compare, std::move(body)})});
+    running_.push_back({header, InTurn({roll, compare, std::move(body)}), std::move(keep)});
     return sequence_;
   }
 
@@ -286,6 +300,7 @@ class Communicator {
     });
     if (!first.work.done()) return moved;
     finished_ = first.header.sequence;
+    if (first.keep) ended_.push_back(std::move(first.keep));
     running_.pop_front();
     wait_.reset();
     return true;
@@ -378,9 +393,10 @@ class Communicator {
   std::unique_ptr<Hosts> hosts_;
   std::unique_ptr<Algorithms> algorithms_;
   std::deque<Running> running_;
+  std::vector<Keep> ended_;                   // since the caller was last told
   std::optional<Wait> wait_;                  // for the first of them
   std::int64_t sequence_ = 0, finished_ = 0;  // last that was started, last that ended
-  bool note_ = false, noted_ = false, peers_missing_ = false;
+  bool note_ = false, noted_ = false, peers_missing_ = false, forked_ = false;
   std::string failure_;
   std::atomic_flag busy_;
 };

@@ -44,10 +44,13 @@ class TensorReader {
     }
     found.count = static_cast<std::size_t>(count);
     found.data = static_cast<char*>(tensor.data) + tensor.offset;
-    return tensor.data != nullptr || count == 0;
+    // Of one element, z.conj().imag is packed: a view that negates what is in memory.
+    return (tensor.data != nullptr || count == 0) && (count != 1 || !is_negated(x));
   }
 
  private:
+  static bool is_negated(PyObject* x) { return pybind11::handle(x).attr("is_neg")().cast<bool>(); }
+
   // The standard's DLTensor and the part of its DLPackExchangeAPI up to the function that is used.
   struct Tensor {
     void* data;

@@ -1,5 +1,6 @@
 #include <mpi.h>
 #include <pybind11/functional.h>
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -55,7 +56,8 @@ void* memory_from(const py::function& allocate, std::size_t elements) {
   py::gil_scoped_acquire gil;
   try {
     return reinterpret_cast<void*>(allocate(elements).cast<std::uintptr_t>());
-  } catch (const py::error_already_set& error) {
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;  // Ctrl-C
     const std::string text = error.what();
     throw Failure("no memory for " + std::to_string(elements) + " elements: " + text.substr(0, text.find('\n')));
   }
@@ -68,6 +70,53 @@ std::function<void*(std::size_t)> memory_of(py::function allocate) {
     delete function;
   });
   return [kept](std::size_t elements) { return memory_from(*kept, elements); };
+}
+
+// What a collective needs: the tensor that it writes to, or None, and whatever else must stay.
+struct Kept {
+  py::object written, others;
+};
+
+Communicator::Keep keep(py::object written, py::object others) {
+  return std::shared_ptr<Kept>(new Kept{std::move(written), std::move(others)}, [](Kept* kept) {
+    py::gil_scoped_acquire gil;
+    delete kept;
+  });
+}
+
+// Autograd must not use what it saved of a tensor that was written to since. torch.autograd.graph.increment_version
+// without its wrapper, which costs as much as the sum of a small tensor.
+void increment_version(const py::handle& tensor) {
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> function;
+  function.call_once_and_store_result(
+      [] { return py::object(py::module_::import("torch").attr("_C").attr("_increment_version")); });
+  function.get_stored()(py::make_tuple(tensor));
+}
+
+void settle(const std::vector<Communicator::Keep>& ended) {
+  for (const Communicator::Keep& each : ended) {
+    const py::object& written = static_cast<const Kept*>(each.get())->written;
+    if (!written.is_none()) increment_version(written);
+  }
+}
+
+void wait_for(Communicator& self, std::int64_t sequence) {
+  std::vector<Communicator::Keep> ended;
+  {
+    py::gil_scoped_release release;
+    ended = self.wait(sequence);
+  }
+  settle(ended);
+}
+
+bool has_ended(Communicator& self, std::int64_t sequence) {
+  std::pair<bool, std::vector<Communicator::Keep>> found;
+  {
+    py::gil_scoped_release release;
+    found = self.test(sequence);
+  }
+  settle(found.second);
+  return found.first;
 }
 
 std::uintptr_t address_of(const void* memory) { return reinterpret_cast<std::uintptr_t>(memory); }
@@ -149,13 +198,13 @@ struct SharedSum {
   Communicator* communicator;
   py::object owner;  // keeps it
   TensorReader reader;
-  py::object increment_version, otherwise, failed;
+  py::object otherwise;
 
   // Up to here, Python's lock is kept until a wait is not short.
   static constexpr std::size_t kKeepLockBytes = 64 * 1024;
 };
 
-void sum_now(const SharedSum& self, const TensorReader::Found& x) {
+std::vector<Communicator::Keep> sum_now(const SharedSum& self, const TensorReader::Found& x) {
   lock = {.kept = true};
   if (x.count * item_bytes(x.dtype) > SharedSum::kKeepLockBytes) lock.let_go();
   struct Return {
@@ -164,7 +213,7 @@ void sum_now(const SharedSum& self, const TensorReader::Found& x) {
       lock = {};
     }
   } at_end;
-  self.communicator->sum_shared(x.data, x.data, x.count, x.dtype);
+  return self.communicator->sum_shared(x.data, x.data, x.count, x.dtype);
 }
 
 PyObject* call_shared_sum(PyObject* capsule, PyObject* const* arguments, Py_ssize_t count, PyObject* names) {
@@ -174,14 +223,8 @@ PyObject* call_shared_sum(PyObject* capsule, PyObject* const* arguments, Py_ssiz
     return PyObject_Vectorcall(self.otherwise.ptr(), arguments, count, names);
   PyObject* x = arguments[0];
   try {
-    try {
-      sum_now(self, found);
-    } catch (...) {
-      self.failed(py::handle(x));
-      throw;
-    }
-    // What autograd has saved of x is no longer what it was.
-    self.increment_version(py::make_tuple(py::handle(x)));
+    settle(sum_now(self, found));
+    increment_version(x);
     return Py_NewRef(x);
   } catch (const Failure& failure) {
     py::set_error(py::module_::import("fastdp.errors").attr("CommError"), failure.what());
@@ -196,10 +239,8 @@ PyObject* call_shared_sum(PyObject* capsule, PyObject* const* arguments, Py_ssiz
 PyMethodDef shared_sum_method = {"all_reduce", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_shared_sum)),
                                  METH_FASTCALL | METH_KEYWORDS, "See fastdp.comm.Communicator.all_reduce."};
 
-py::object shared_sum(const py::object& self, const py::object& tensor, const py::object& increment_version,
-                      const py::object& otherwise, const py::object& failed) {
-  auto* sum =
-      new SharedSum{&self.cast<Communicator&>(), self, TensorReader(tensor), increment_version, otherwise, failed};
+py::object shared_sum(const py::object& self, const py::object& tensor, const py::object& otherwise) {
+  auto* sum = new SharedSum{&self.cast<Communicator&>(), self, TensorReader(tensor), otherwise};
   const py::capsule capsule(sum, [](void* pointer) { delete static_cast<SharedSum*>(pointer); });
   return py::reinterpret_steal<py::object>(PyCFunction_New(&shared_sum_method, capsule.ptr()));
 }
@@ -249,10 +290,9 @@ PYBIND11_MODULE(_mpi, m) {
           },
           py::arg("width"), py::arg("wide"), py::arg("indices"), py::arg("sums"),
           py::call_guard<py::gil_scoped_release>());
-  using release_gil = py::call_guard<py::gil_scoped_release>;
   py::class_<Communicator>(m, "Communicator")
       .def(py::init(&make_communicator), py::arg("fortran_handle"), py::arg("timeout"), py::arg("segment_bytes"),
-           release_gil())
+           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("rank", &Communicator::rank)
       .def_property_readonly("size", &Communicator::size)
       .def_property_readonly("failure", &Communicator::failure)
@@ -289,38 +329,43 @@ PYBIND11_MODULE(_mpi, m) {
           [](Communicator& self, const std::shared_ptr<SharedMemory>& memory, std::int64_t number,
              std::size_t part_bytes, int local_rank) { self.segments().add(memory, number, part_bytes, local_rank); },
           py::arg("memory"), py::arg("number"), py::arg("part_bytes"), py::arg("local_rank"))
-      .def("shared_sum", &shared_sum, py::arg("tensor"), py::arg("increment_version"), py::arg("otherwise"),
-           py::arg("failed"))
+      .def("shared_sum", &shared_sum, py::arg("tensor"), py::arg("otherwise"))
       .def(
-          "start_sum",
+          "sum",
           [](Communicator& self, int operation, std::uintptr_t data, std::uintptr_t out, std::size_t count, int dtype,
-             int algorithm) {
-            return self.start_sum(static_cast<Operation>(operation), reinterpret_cast<void*>(data),
-                                  reinterpret_cast<void*>(out), count, static_cast<DType>(dtype),
-                                  static_cast<Algorithm>(algorithm));
+             int algorithm, py::object written, py::object others, bool later) {
+            const std::int64_t number = self.start_sum(static_cast<Operation>(operation), reinterpret_cast<void*>(data),
+                                                       reinterpret_cast<void*>(out), count, static_cast<DType>(dtype),
+                                                       static_cast<Algorithm>(algorithm), keep(written, others));
+            if (!later) wait_for(self, number);  // here, so that no signal handler raises in between
+            return number;
           },
           py::arg("operation"), py::arg("data"), py::arg("out"), py::arg("count"), py::arg("dtype"),
-          py::arg("algorithm"))
+          py::arg("algorithm"), py::arg("written"), py::arg("others"), py::arg("later"))
       .def(
-          "start_all_gather",
+          "all_gather",
           [](Communicator& self, std::uintptr_t part, std::size_t count, int dtype, std::int64_t out,
-             const py::function& result) {
-            return self.start_all_gather(reinterpret_cast<const void*>(part), count, static_cast<DType>(dtype), out,
-                                         memory_of(result));
+             const py::function& result, py::object others) {
+            const auto* data = reinterpret_cast<const void*>(part);
+            wait_for(self, self.start_all_gather(data, count, static_cast<DType>(dtype), out, memory_of(result),
+                                                 keep(py::none(), std::move(others))));
           },
-          py::arg("part"), py::arg("count"), py::arg("dtype"), py::arg("out"), py::arg("result"))
+          py::arg("part"), py::arg("count"), py::arg("dtype"), py::arg("out"), py::arg("result"), py::arg("others"))
       .def(
-          "start_broadcast",
-          [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int root) {
-            return self.start_broadcast(reinterpret_cast<void*>(data), count, static_cast<DType>(dtype), root);
+          "broadcast",
+          [](Communicator& self, std::uintptr_t data, std::size_t count, int dtype, int root, py::object written) {
+            wait_for(self, self.start_broadcast(reinterpret_cast<void*>(data), count, static_cast<DType>(dtype), root,
+                                                keep(std::move(written), py::none())));
           },
-          py::arg("data"), py::arg("count"), py::arg("dtype"), py::arg("root"))
+          py::arg("data"), py::arg("count"), py::arg("dtype"), py::arg("root"), py::arg("written"))
       .def(
-          "start_meeting",
+          "meet",
           [](Communicator& self, int operation, std::size_t count, int dtype, std::int64_t width) {
-            return self.start_meeting(static_cast<Operation>(operation), count, static_cast<DType>(dtype), width);
+            wait_for(self,
+                     self.start_meeting(static_cast<Operation>(operation), count, static_cast<DType>(dtype), width));
           },
           py::arg("operation"), py::arg("count"), py::arg("dtype"), py::arg("width"))
-      .def("test", &Communicator::test, py::arg("sequence"), release_gil())
-      .def("wait", &Communicator::wait, py::arg("sequence"), release_gil());
+      .def("test", &has_ended, py::arg("sequence"))
+      .def("wait", &wait_for, py::arg("sequence"));
+  m.def("unfinished", [] { return Communicator::unfinished.load(); });
 }

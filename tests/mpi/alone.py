@@ -68,7 +68,10 @@ for call, text in (
     (lambda: c.all_gather(x, out=torch.zeros(24)[::2]), "out.stride()=(2,): must be that of a contiguous tensor"),
     (lambda: c.all_gather(x, out=torch.zeros(11)), "out.numel()=11: must be 12"),
     (lambda: c.sparse_all_reduce(x, x, 3), "indices.dtype=torch.float32: must be torch.int64"),
-    (lambda: c.sparse_all_reduce(ids, x.view(2, 6).half(), 3), "values.dtype=torch.float16: must be torch.float32 or"),
+    (
+        lambda: c.sparse_all_reduce(ids, x.view(2, 6).half(), 3),
+        "values.dtype=torch.float16: must be one of torch.float32,",
+    ),
     (lambda: c.sparse_all_reduce(ids, x.view(3, 4), 3), "values.shape=[3, 4]: must be [2, width]"),
     (lambda: c.sparse_all_reduce(ids, x.view(2, 6), 1), "indices[1]=1: must be a row in [0, 1)"),
     (lambda: c.sparse_all_reduce(-ids, x.view(2, 6), 3), "indices[1]=-1: must be a row in [0, 3)"),

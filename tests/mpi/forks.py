@@ -14,6 +14,8 @@ from fastdp.errors import CommError
 
 c = comm.init(timeout=20)
 x = c.empty(1000)
+under_way = c.all_reduce(torch.ones(5000), "ring", async_op=True)
+under_way.test()  # messages of it may be on their way
 
 
 def child() -> None:
@@ -21,7 +23,10 @@ def child() -> None:
         c.all_reduce(x)
     with pytest.raises(CommError, match="forked from rank"):
         c.barrier()
-    atexit._run_exitfuncs()  # a fork that ends by sys.exit runs them
+    with pytest.raises(CommError, match="forked from rank"):
+        under_way.wait()
+    # As a child of os.fork does that ends by sys.exit. (Under mpi4py none can: MPI_Finalize would run in it.)
+    atexit._run_exitfuncs()
 
 
 c.barrier()
@@ -31,5 +36,6 @@ if c.rank == 0:
     forked.join()
     assert forked.exitcode == 0
     time.sleep(0.3)  # the others wait long enough to look who is there
+assert under_way.wait()[0] == c.size
 assert c.all_reduce(torch.ones(5000))[0] == c.all_reduce(x.fill_(1.0))[0] == c.size
 print(f"done: rank {c.rank}", flush=True)

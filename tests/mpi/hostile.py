@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import signal
 import time
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -60,6 +63,51 @@ def memory_is_replaced_under_way(c: fastdp.comm.Communicator) -> None:
         assert y.unique().tolist() == [7.0]
 
 
+class NotDetached(torch.Tensor):
+    def detach(self) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+
+def what_a_collective_needs_is_kept_as_long_as_it_is_needed(c: fastdp.comm.Communicator) -> None:
+    x = torch.ones(1000).as_subclass(NotDetached)
+    with pytest.raises(KeyboardInterrupt):
+        c.all_reduce(x, async_op=True)
+    assert c.all_reduce(torch.ones(3))[0] == c.size and x.mean() == 1  # it was not started
+    for algorithm in ("shared", "ring"):
+        x = torch.ones(1_000_003)
+        version, kept = x._version, weakref.ref(x)
+        c.all_reduce(x, algorithm, async_op=True)
+        assert x._version == version
+        assert c.all_reduce(torch.ones(3))[0] == c.size  # moves what was started before it
+        assert x[-1] == c.size and x._version == version + 1
+        del x
+        gc.collect()
+        assert kept() is None
+
+
+def a_communicator_is_dropped(c: fastdp.comm.Communicator) -> None:
+    all_reduce = fastdp.comm.init(timeout=20).all_reduce
+    gc.collect()
+    assert all_reduce(torch.ones(3))[0] == c.size
+    with pytest.raises(CommError, match="all_reduce: its communicator was dropped"):
+        all_reduce(torch.ones(3), "ring")
+
+
+def arguments_of_other_types(c: fastdp.comm.Communicator) -> None:
+    assert c.empty(np.int64(3)).shape == (3,)
+    for call, name in (
+        (lambda: c.empty(True), "numel"),
+        (lambda: c.explain(True), "nbytes"),
+        (lambda: c.wish("x"), "value"),
+        (lambda: c.broadcast(torch.ones(3), True), "root"),
+        (lambda: c.shard(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=1.0), []), "spans"),
+    ):
+        with pytest.raises(ArgumentError, match=f"^{name}="):
+            call()
+    with pytest.raises(CommError, match=r"shared_memory=True on ranks \[0\], False on \[1"):
+        fastdp.comm.init(timeout=20, shared_memory=c.rank == 0)
+
+
 def tensors_without_memory(c: fastdp.comm.Communicator) -> None:
     x = torch.ones(2000)
     x.untyped_storage().resize_(0)
@@ -68,6 +116,16 @@ def tensors_without_memory(c: fastdp.comm.Communicator) -> None:
             c.all_reduce(x, algorithm)
     with pytest.raises(ArgumentError, match=r"x.is_neg\(\)=True: must be False"):
         c.broadcast(torch._neg_view(torch.ones(3)))
+    negated = torch.ones(1, dtype=torch.complex64).conj().imag
+    assert negated.is_neg() and negated.is_contiguous()
+    with pytest.raises(ArgumentError, match=r"x.is_neg\(\)=True: must be False"):
+        c.all_reduce(negated)
+    values, row = torch.ones(1, 3), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ArgumentError, match=r"values.is_neg\(\)=True: must be False"):
+        c.sparse_all_reduce(row, torch._neg_view(values), 5)
+    values.untyped_storage().resize_(0)
+    with pytest.raises(ArgumentError, match=r"values.untyped_storage\(\).nbytes\(\)=0"):
+        c.sparse_all_reduce(row, values, 5)
 
 
 def no_file_descriptors_are_left(c: fastdp.comm.Communicator) -> None:
@@ -110,6 +168,9 @@ for check in (
     numbers_of_shared_memory_are_used_again,
     more_memory_than_there_is,
     memory_is_replaced_under_way,
+    what_a_collective_needs_is_kept_as_long_as_it_is_needed,
+    a_communicator_is_dropped,
+    arguments_of_other_types,
     tensors_without_memory,
     no_file_descriptors_are_left,
     frozen_parameters_and_buffers_start_as_rank_0s,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from together import rough
 from torch import nn
 
 from fastdp import comm, ops
-from fastdp.clipping import spans_of
+from fastdp.clipping import Span, spans_of
 from fastdp.errors import ArgumentError, CommError
 
 KEY = torch.arange(32, dtype=torch.uint8)
@@ -133,10 +135,25 @@ def check_arguments(c: comm.Communicator) -> None:
         ("key", None),
         ("step", -1),
         ("step", 1.5),
+        ("noise_std", 10**400),
+        ("noise_std", 1e39),
+        ("noise_std", True),
+        ("batch_size", 10**400),
+        ("batch_size", True),
+        ("step", True),
+        ("tables", [1]),
+        ("tables", {spans[0]: [1]}),
         ("tables", {spans[0]: torch.tensor([3, 3])}),
+        ("tables", {spans[0]: torch.tensor([3.0])}),
+        ("tables", {spans[0]: torch.tensor([100])}),
+        ("tables", {spans[0]: torch.tensor([[3]])}),
+        ("tables", {spans[1]: torch.tensor([3])}),  # not of two dimensions
+        ("tables", {Span("another", module[0].weight, 0, torch.Size([9, 9])): torch.tensor([3])}),
     ):
         with pytest.raises(ArgumentError, match=f"^{name}"):
             c.reduce_noise_step(sharded, **(good | {name: bad}))
+    with pytest.raises(ArgumentError, match=r"^sharded=.NoneType"):
+        c.reduce_noise_step(None, **good)  # type: ignore[arg-type]
     other = comm.init(timeout=30.0)
     with pytest.raises(ArgumentError, match="sharded"):
         other.reduce_noise_step(sharded, **good)
@@ -148,9 +165,74 @@ def check_arguments(c: comm.Communicator) -> None:
             c.reduce_noise_step(sharded, **(good | {name: value}))
     c = comm.init(timeout=30.0)
     sharded = c.shard(optimizer, spans)
-    optimizer.param_groups[0]["lr"] = 1.0 + c.rank
-    with pytest.raises(CommError, match="optimizer's settings"):
+    for same in (1, 1.0, torch.tensor(1.0)):
+        optimizer.param_groups[0]["lr"] = same if c.rank == 0 else 1.0
         c.reduce_noise_step(sharded, **good)
+    for other_lr in (1.0 + c.rank, torch.tensor(1.0 + 1e-6 * c.rank)):
+        c = comm.init(timeout=30.0)
+        sharded = c.shard(optimizer, spans)
+        optimizer.param_groups[0]["lr"] = other_lr
+        with pytest.raises(CommError, match="optimizer's settings"):
+            c.reduce_noise_step(sharded, **good)
+
+
+def check_interruptions() -> None:
+    """Ctrl-C on rank 0 between the collectives that make one of these, which its program survives: its next collective
+    must not meet the rest of theirs."""
+    module = model(torch.float32)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
+    spans = spans_of(module, optimizer)
+    rows, values = torch.tensor([3]), torch.ones(1, 3)
+    dense = torch.zeros(3, dtype=torch.int64), torch.ones(3, 3)
+
+    def step(c: comm.Communicator, sharded: Any) -> None:
+        c.reduce_noise_step(sharded, noise_std=STD, batch_size=1, key=KEY, step=0)
+
+    cases: tuple[tuple[str, str, int, Callable[[comm.Communicator, Any], object]], ...] = (
+        ("sparse_all_reduce", "meet", 2, lambda c, _: c.sparse_all_reduce(rows, values, 50)),
+        ("sparse_all_reduce", "all_reduce", 2, lambda c, _: c.sparse_all_reduce(*dense, 1)),
+        ("reduce_noise_step", "meet", 1, step),
+        ("reduce_noise_step", "meet", 2, step),
+        ("shard", "segment", 2, lambda c, _: c.shard(optimizer, spans)),
+        ("allgather_object", "all_gather", 2, lambda c, _: c.allgather_object(1)),
+        ("bcast_object", "broadcast", 2, lambda c, _: c.bcast_object(1)),
+        ("empty", "segment", 1, lambda c, _: c.empty(5)),
+    )
+    for name, part, number, call in cases:
+        c = comm.init(timeout=30.0)
+        sharded = c.shard(optimizer, spans)
+        if c.rank == 0:
+            interrupt(c, part, number)
+            with pytest.raises(KeyboardInterrupt):
+                call(c, sharded)
+            with pytest.raises(CommError, match=f"failed before: {name} on rank 0: KeyboardInterrupt"):
+                c.barrier()
+        else:
+            with pytest.raises(CommError, match=f"rank 0 gave up: {name} on rank 0: KeyboardInterrupt"):
+                call(c, sharded)
+
+
+def interrupt(c: comm.Communicator, part: str, number: int) -> None:
+    """The call of that number of one of its methods."""
+    whole, calls = getattr(c, part), itertools.count(1)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    setattr(c, part, interrupted)
+
+
+def check_parameters_that_change_places(c: comm.Communicator) -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    sharded = c.shard(optimizer, spans_of(module, optimizer))
+    a, b = module[0].weight, module[1].weight
+    before = a.detach().clone(), b.detach().clone()
+    a.data, b.data = b.data, a.data
+    c.reduce_noise_step(sharded, noise_std=0.0, batch_size=1, key=KEY, step=0)
+    assert torch.equal(a, before[1]) and torch.equal(b, before[0])
 
 
 def check_moved_parameters(c: comm.Communicator) -> None:
@@ -190,12 +272,14 @@ def main() -> None:
     c = comm.init(timeout=30.0)
     if sys.argv[1:] == ["failure"]:
         check_failure(c)
+        check_interruptions()
     else:
         for name in OPTIMIZERS:
             for dtype in (torch.float32, torch.float64):
                 check(c, name, dtype)
         check_same_bits(c)
         check_moved_parameters(c)
+        check_parameters_that_change_places(c)
         check_arguments(c)
     print(f"done: rank {MPI.COMM_WORLD.rank}", flush=True)
 

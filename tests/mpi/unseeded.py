@@ -11,9 +11,10 @@ import fastdp
 
 comm = fastdp.comm.init(timeout=30.0)
 torch.set_num_threads(1)
+torch.manual_seed(7)
+data = TensorDataset(torch.randn(200, 5), torch.randint(0, 3, (200,)), torch.arange(200))
 torch.manual_seed(comm.rank)
 module = nn.Linear(5, 3)
-data = TensorDataset(torch.randn(200, 5), torch.randint(0, 3, (200,)), torch.arange(200))
 module, optimizer, loader = fastdp.PrivacyEngine().make_private(
     module=module,
     optimizer=torch.optim.SGD(module.parameters(), lr=0.5),
