@@ -143,7 +143,9 @@ def check_options(options: Options) -> None:
     require(options.max_grad_norm != 0, "max_grad_norm", options.max_grad_norm, "> 0: at 0 nothing is learned")
     seeded = options.seed is not None
     require(not seeded or 0 <= (options.seed or 0) < 2**63, "seed", options.seed, "in [0, 2^63)")
-    both = options.target_epsilon is not None and options.noise_multiplier is not None
+    target = options.target_epsilon
+    require(target is None or 0 < target < float("inf"), "target_epsilon", target, "finite and > 0")
+    both = target is not None and options.noise_multiplier is not None
     require(not both, "noise_multiplier", options.noise_multiplier, "absent when target_epsilon is given")
 
     there = not options.tensorboard or importlib.util.find_spec("tensorboard") is not None

@@ -58,22 +58,26 @@ struct Header {
   }
 };
 
-inline std::string describe(const Header& header) {
+inline std::string describe(const Header& header, bool with_segments = false) {
   const auto name = [](auto code, const auto& names) {
     const auto index = static_cast<std::size_t>(code);
     return index < names.size() ? std::string(names[index]) : "unknown " + std::to_string(index);
   };
-  std::string text = name(header.operation, kOperationNames) + "(";
+  std::string list;
+  const auto add = [&](const char* what, const std::string& value) {
+    list += (list.empty() ? "" : ", ") + std::string(what) + "=" + value;
+  };
   if (header.operation != Operation::barrier) {
-    text += "count=" + std::to_string(header.count) + ", dtype=" + name(header.dtype, kDTypeNames) + ", ";
+    add("count", std::to_string(header.count));
+    add("dtype", name(header.dtype, kDTypeNames));
     if (header.operation == Operation::all_reduce || header.operation == Operation::reduce_scatter)
-      text += "algorithm=" + name(header.algorithm, kAlgorithmNames) + ", ";
-    if (header.out >= 0) text += "out=" + std::to_string(header.out) + ", ";
-    if (header.operation == Operation::sparse) text += "width=" + std::to_string(header.root) + ", ";
-    if (header.operation == Operation::broadcast) text += "root=" + std::to_string(header.root) + ", ";
+      add("algorithm", name(header.algorithm, kAlgorithmNames));
+    if (header.out >= 0) add("out", std::to_string(header.out));
+    if (header.operation == Operation::sparse) add("width", std::to_string(header.root));
+    if (header.operation == Operation::broadcast) add("root", std::to_string(header.root));
   }
-  return text + "segment_bytes=" + std::to_string(header.segment_bytes) + ") as collective " +
-         std::to_string(header.sequence);
+  if (with_segments) add("segment_bytes", std::to_string(header.segment_bytes));
+  return name(header.operation, kOperationNames) + "(" + list + ") as collective " + std::to_string(header.sequence);
 }
 
 // "rank 3" or "ranks 0, 2, 5"; more than 8 are cut short.
@@ -157,6 +161,8 @@ inline void require_same(std::span<const Header> headers) {
     if (std::ranges::all_of(headers, fits)) return;
     text = "the parts have " + std::to_string(total) + " elements, and not all of out: ";
   }
+  const auto as_large = [&](const Header& header) { return header.segment_bytes == headers[0].segment_bytes; };
+  const bool with_segments = !std::ranges::all_of(headers, as_large);
   std::vector<char> told(headers.size());
   for (std::size_t i = 0; i < headers.size(); ++i) {
     if (told[i]) continue;
@@ -164,7 +170,7 @@ inline void require_same(std::span<const Header> headers) {
     for (std::size_t j = i; j < headers.size(); ++j)
       if (headers[j].same_call(headers[i])) told[j] = 1, same.push_back(static_cast<int>(j));
     if (i) text += "; ";
-    text += list_ranks(same) + " called " + describe(headers[i]);
+    text += list_ranks(same) + " called " + describe(headers[i], with_segments);
   }
   const auto agrees = [&](const Header& header) { return header.root == headers[0].root; };
   if (headers[0].operation == Operation::noise_step && !std::ranges::all_of(headers, agrees))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
+import mmap
 import os
 import resource
 import signal
@@ -18,6 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastdp
 from fastdp import ArgumentError, CommError, _mpi
+from fastdp.clipping import spans_of
+from fastdp.sharded import is_possible
 
 
 def a_signal_handler_calls_a_collective(c: fastdp.comm.Communicator, other: fastdp.comm.Communicator) -> None:
@@ -45,6 +49,25 @@ def numbers_of_shared_memory_are_used_again(c: fastdp.comm.Communicator) -> None
         assert c.all_reduce(x)[0] == c.size
     native = c._native
     assert native is not None and max(native.segments()) < 4 and kept[0] == 5
+
+
+def memory_that_is_shared_no_more(c: fastdp.comm.Communicator) -> None:
+    """At the place of a tensor that is gone: not taken for it. And each rank has freed another of two tensors."""
+    x = c.empty(1 << 18)
+    address, nbytes = x.data_ptr(), x.nbytes
+    del x
+    fixed = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+    library = ctypes.CDLL(None)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    assert library.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, fixed, -1, 0) == address
+    x = torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=torch.float32).fill_(1)
+    assert (c.all_reduce(x) == c.size).all()
+    two, there = [c.empty(5000), c.empty(5000)], c.empty(5000)
+    mine = two.pop(c.rank % 2)
+    two.clear()
+    for x, out in ((mine, there), (there, mine)):
+        assert (c.all_reduce(x.fill_(1), out=out) == c.size).all()
 
 
 def more_memory_than_there_is(c: fastdp.comm.Communicator) -> None:
@@ -94,6 +117,10 @@ def a_communicator_is_dropped(c: fastdp.comm.Communicator) -> None:
 
 
 def arguments_of_other_types(c: fastdp.comm.Communicator) -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1).bfloat16())
+    mixed = torch.optim.SGD(module.parameters(), lr=1.0)
+    spans = spans_of(module, mixed)
+    assert is_possible(c, mixed, spans[:2]) and not is_possible(c, mixed, spans)
     assert c.empty(np.int64(3)).shape == (3,)
     for call, name in (
         (lambda: c.empty(True), "numel"),
@@ -101,6 +128,7 @@ def arguments_of_other_types(c: fastdp.comm.Communicator) -> None:
         (lambda: c.wish("x"), "value"),
         (lambda: c.broadcast(torch.ones(3), True), "root"),
         (lambda: c.shard(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=1.0), []), "spans"),
+        (lambda: c.shard(mixed, spans), "spans: dtypes"),
     ):
         with pytest.raises(ArgumentError, match=f"^{name}="):
             call()
@@ -166,6 +194,7 @@ c = fastdp.comm.init(timeout=20)
 a_signal_handler_calls_a_collective(c, fastdp.comm.init(timeout=20))
 for check in (
     numbers_of_shared_memory_are_used_again,
+    memory_that_is_shared_no_more,
     more_memory_than_there_is,
     memory_is_replaced_under_way,
     what_a_collective_needs_is_kept_as_long_as_it_is_needed,

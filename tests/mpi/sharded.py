@@ -94,13 +94,16 @@ def check(c: comm.Communicator, name: str, dtype: torch.dtype) -> None:
             p.data = p.data.clone()
     both(4)
     both(5)
+    for of in (optimizer, theirs):  # begins anew
+        of.state.clear()
+    both(6)
     # An optimizer that is not fused any more, and is again.
     sharded.leave()
-    torch_step(module, optimizer, summed(c, numel, dtype, 6), 6)
-    torch_step(twin, theirs, summed(c, numel, dtype, 6), 6)
+    torch_step(module, optimizer, summed(c, numel, dtype, 7), 7)
+    torch_step(twin, theirs, summed(c, numel, dtype, 7), 7)
     compare()
     optimizer.zero_grad()
-    both(7)
+    both(8)
 
 
 def check_same_bits(c: comm.Communicator) -> None:
