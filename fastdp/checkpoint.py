@@ -54,7 +54,7 @@ def _load(path: Path) -> dict[str, Any]:
         damaged = archive.testzip()  # torch.load does not look at the checksums
     if damaged is not None:
         raise ValueError(f"checksum of {damaged}")
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     if state["format"] != FORMAT:
         raise ValueError(f"format {state['format']}")
     return state

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from fastdp import native, rules
+from fastdp.device import on_gpu, zeros_in
 from fastdp.errors import ArgumentError, PrivacyError, require
 from fastdp.gradients import Norms, PerSample, Rows, Scratch, of_parameters, rows_in
 from fastdp.precision import without_autocast
@@ -65,7 +66,8 @@ class GradientSum:
     ) -> None:
         self.spans = spans
         self.dtype = native.sum_dtype(spans[0].param.dtype)  # float32 for bfloat16, too
-        self.flat = torch.zeros(flat_numel(spans), dtype=self.dtype) if flat is None else flat
+        device = spans[0].param.device
+        self.flat = torch.zeros(flat_numel(spans), dtype=self.dtype, device=device) if flat is None else flat
         self.views: dict[Tensor, Tensor] = {
             s.param: self.flat[s.offset : s.offset + s.numel].view(s.param.shape) for s in spans
         }
@@ -75,15 +77,18 @@ class GradientSum:
         self._group: dict[Tensor, int] = {s.param: number[s.layer] if number else 0 for s in spans}
         self._gamma = gamma
         self._rows = sum(rows_in(p) for p in self.views)
-        self._scratch = Scratch(self.dtype)
-        self._rows_of_tables: dict[Tensor, list[Tensor]] = {s.param: [] for s in spans if s.is_table}
+        self._scratch = Scratch(self.dtype, self.flat.device)
+        # A GPU is not waited for to learn which rows those are.
+        tables = [s for s in spans if s.is_table and not on_gpu(self.flat)]
+        self._rows_of_tables: dict[Tensor, list[Tensor]] = {s.param: [] for s in tables}
 
     @property
     def tables(self) -> dict[Span, Tensor]:
-        """The rows of each table of embeddings that this rank's records have used, ascending: its others are 0."""
+        """The rows of each table of embeddings that this rank's records have used, ascending: its others are 0. None on
+        a GPU."""
         rows = self._rows_of_tables
         none = torch.empty(0, dtype=torch.int64)
-        return {s: torch.unique(torch.cat([none, *rows[s.param]])) for s in self.spans if s.is_table}
+        return {s: torch.unique(torch.cat([none, *rows[s.param]])) for s in self.spans if s.param in rows}
 
     def fill(self, uses: list[Use], rows: int, real_rows: int, scale: float, add: bool) -> None:
         """Overwrite the buffer with the clipped sum over this rank's records, or add it to what is there.
@@ -101,7 +106,7 @@ class GradientSum:
     def _fill(self, uses: list[Use], rows: int, real_rows: int, scale: float, add: bool) -> None:
         group = self._group
         parts = of_parameters(self._parts(uses, rows))
-        norms = [Norms(rows, self.dtype) for _ in self._bounds]
+        norms = [Norms(rows, self.dtype, self.flat.device) for _ in self._bounds]
         for number, of in enumerate(norms):
             of.add(parts if len(norms) == 1 else [part for part in parts if group[part.p] == number])
         factors = self._factors(norms, scale, real_rows)
@@ -133,8 +138,8 @@ class GradientSum:
         if len(found) == 1 or not any(zeros for _, zeros in found):
             return found
         dropped = torch.stack([factors == 0.0 for factors, _ in found]).any(0)
-        zeros = int(dropped.sum())
-        return [(factors.masked_fill_(dropped, 0.0), zeros) for factors, _ in found]
+        kept = [factors.masked_fill_(dropped, 0.0) for factors, _ in found]
+        return [(factors, zeros_in(kept[0])) for factors in kept]
 
     def _parts(self, uses: list[Use], rows: int) -> Iterator[PerSample]:
         for use in uses:

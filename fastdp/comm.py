@@ -58,7 +58,8 @@ def init(
     in a loop: each is a duplicate that stays, and MPI has about 2,000 of them.
 
     timeout: seconds that a rank waits with nothing arriving before it raises CommError.
-    algorithm: what all_reduce does when it is not told: see there.
+    algorithm: what all_reduce does when it is not told: see there. "nccl" is "auto", but that the engine sums gradients
+        of models on GPUs by torch.distributed's NCCL instead of by way of the CPU's memory.
     segment_bytes: largest message; the same on all ranks.
     shared_memory: whether the ranks of a host meet in memory; if not, or if the system refuses (a warning says so),
         they send messages, too.
@@ -108,7 +109,8 @@ class Communicator:
         self._mpi_comm = mpi_comm
         self._algorithms = {name: code for code, name in enumerate(_mpi.algorithms)}
         self._operations = {name: code for code, name in enumerate(_mpi.operations)}
-        self.algorithm = self._known(algorithm)
+        self.by_nccl = algorithm == "nccl"
+        self.algorithm = self._known("auto" if self.by_nccl else algorithm)
         self._codes = {getattr(torch, name): code for code, name in enumerate(_mpi.dtypes)}
         self._summable = {dtype: self._codes[dtype] for dtype in (getattr(torch, n) for n in _mpi.summable_dtypes)}
         self._native: _mpi.Communicator | None = None
@@ -202,7 +204,7 @@ class Communicator:
         used = set().union(*self.allgather_object(self._native.segments()))
         number = next(n for n in range(len(used) + 1) if n not in used)
         if number >= _mpi.max_segments:
-            raise CommError(f"comm.empty: {number} tensors are there: must be at most {_mpi.max_segments}")
+            raise window.Refused(f"comm.empty: {number} tensors are there: must be at most {_mpi.max_segments}")
         return window.Segment(self, self._native, number, part_bytes)
 
     def all_reduce(
@@ -355,9 +357,9 @@ class Communicator:
             self.agree(sharded.flat, digest(noise_std, batch_size, key, step, sharded.groups(), tables))
             if self.hosts > 1:
                 sparse.sum_flat(self, sharded.flat, tables)
-                self.meet("barrier")
+                self.meet("reduce_noise_step_end")
             sharded.step(noise_std, batch_size, key, step)
-            self.meet("barrier")
+            self.meet("reduce_noise_step_end")
 
     def agree(self, flat: torch.Tensor, digest: int) -> None:
         """Return when all ranks have called this for a step on as many elements of that dtype, and with the same digest
@@ -367,12 +369,12 @@ class Communicator:
     @contextlib.contextmanager
     def whole(self, name: str) -> Iterator[None]:
         """What is one thing to its caller, and several collectives here. Whoever leaves it by an exception fails it for
-        all ranks, or its next collective would meet the rest of theirs. CommErrors are known to all already."""
+        all ranks, or its next collective would meet the rest of theirs."""
         try:
             yield
-        except CommError:
+        except window.Refused:
             raise
-        except BaseException as error:
+        except BaseException as error:  # nothing is done where all know already
             if self._native is not None:
                 self._native.fail(f"{name} on rank {self.rank}: {type(error).__name__}: {error}")
             raise

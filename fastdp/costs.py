@@ -80,7 +80,8 @@ class Chooser:
     def _of(self, algorithms: list[str]) -> Costs:
         """From rank 0's cache, or measured now."""
         if tuple(algorithms) not in self._costs:
-            self._costs[tuple(algorithms)] = self._found(algorithms)
+            with self._comm.whole("all_reduce: costs"):
+                self._costs[tuple(algorithms)] = self._found(algorithms)
         return self._costs[tuple(algorithms)]
 
     def _found(self, algorithms: list[str]) -> Costs:

@@ -84,7 +84,7 @@ def replace_rows(x: Tensor, changed: Tensor, strength: float) -> Tensor:
             x[changed] = torch.where(old == 0, old + 1, old - 1)
         else:  # of its own column: each may have a vocabulary of its own
             shape, generator = (len(old), columns.shape[1]), torch.Generator().manual_seed(int(strength))
-            picks = torch.randint(len(columns), shape, generator=generator)
+            picks = torch.randint(len(columns), shape, generator=generator).to(x.device)
             x[changed] = columns.gather(0, picks).view(old.shape)
     else:
         old = old.nan_to_num(0.0, 0.0, 0.0)

@@ -1,7 +1,8 @@
 """The kernels on CUDA tensors: every argument is checked here, as native.py does for the CPU, then passed on by
 address, on the current stream of the tensor's device. Nothing here waits for the GPU.
 
-Compiled for GPUs, and run by an emulator of one on the CPU (tests/cuda): no GPU has run them yet.
+Compiled for GPUs, and run by an emulator of one on the CPU (tests/cuda): no GPU has run them yet. Where torch's own
+functions do as well, they do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastdp.errors import ArgumentError, PrivacyError, require
 if TYPE_CHECKING:
     from fastdp import _cuda, _kernels
 
-DEVICE = "cuda"  # "cpu" where tests put the emulator in the kernels' place
+DEVICE = "cuda"  # "cpu" where tests put the emulator in the kernels' place, "meta" where tensors hold nothing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of `Element`, in this order
 
@@ -51,7 +52,7 @@ def _on(x: Tensor) -> Iterator[tuple[ModuleType, _cuda.Place]]:
         kept.append(torch.empty(nbytes, dtype=torch.uint8, device=x.device))
         return kept[-1].data_ptr()
 
-    if DEVICE == "cpu":
+    if DEVICE != "cuda":
         yield module, module.Place(0, memory)
         return
     with torch.cuda.device(x.device):
@@ -79,8 +80,11 @@ def clip_sum(g: Tensor, max_norm: float, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def clip_factors(sq_norms: Tensor, scale: float, max_norm: float, gamma: float | None = None) -> Tensor:
-    """float64 [B]: `native.clip_factors` of float32 gradients, on a GPU."""
+def clip_factors(
+    sq_norms: Tensor, dtype: torch.dtype, scale: float, max_norm: float, gamma: float | None = None
+) -> tuple[Tensor, int]:
+    """float64 [B]: `native.clip_factors` of float32 gradients, on a GPU; and B, as how many of them may be 0."""
+    require(dtype == torch.float32, "dtype", dtype, "torch.float32 on a GPU")
     if sq_norms.dtype != torch.float64 or sq_norms.dim() != 1 or not sq_norms.is_contiguous():
         raise ArgumentError("sq_norms", f"{sq_norms.dtype}{list(sq_norms.shape)}", "contiguous torch.float64[B]")
     native.check_range("scale", scale)
@@ -89,7 +93,7 @@ def clip_factors(sq_norms: Tensor, scale: float, max_norm: float, gamma: float |
     with _on(sq_norms) as (module, place):
         wanted = -1.0 if gamma is None else gamma
         module.clip_factors(place, sq_norms.data_ptr(), len(out), scale, max_norm, wanted, out.data_ptr())
-    return out
+    return out, len(out)
 
 
 def sum_rows(g: Tensor, factors: Tensor, out: Tensor, add: bool) -> None:
@@ -103,17 +107,43 @@ def sum_rows(g: Tensor, factors: Tensor, out: Tensor, add: bool) -> None:
         module.sum_rows(place, _element(module, g), table, factors.data_ptr(), out.data_ptr(), add)
 
 
+def scale_rows(x: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None) -> None:
+    """`native.scale_rows` of float32, on a GPU: out [B, n] = factors [B] * x [B, n] or [B / k, k, n], rows of factor 0
+    unread; their sum over rows into `sums` [n]."""
+    require(x.dtype == torch.float32, "x.dtype", x.dtype, "torch.float32")
+    sequences = _sequences("x", x.unsqueeze(1) if x.dim() == 2 else x)
+    rows = sequences[1] * sequences[2]
+    if factors.dtype != torch.float64 or factors.shape != (rows,) or not factors.is_contiguous():
+        raise ArgumentError("factors", f"{factors.dtype}{list(factors.shape)}", f"contiguous float64[{rows}]")
+    if out.dtype != x.dtype or out.shape != (rows, x.shape[-1]) or not out.is_contiguous() or out.device != x.device:
+        raise ArgumentError("out", f"{out.dtype}{list(out.shape)}", f"contiguous {x.dtype}[{rows}, {x.shape[-1]}]")
+    with _on(x) as (module, place):
+        module.scale_rows(place, sequences, factors.data_ptr(), out.data_ptr())
+    if sums is not None:
+        sum_rows(x, factors, sums, add=False)
+
+
+def add_linear_sq_norms(layers: list[tuple[Tensor, Tensor, bool]], out: Tensor, bounds: Tensor | None = None) -> None:
+    """`native.add_linear_sq_norms` on a GPU: out float64 [B] += those of each of a [B, (T,) I], b [B, (T,) O], bias."""
+    for a, b, bias in layers:
+        sequences = [_sequences(name, x) for name, x in (("a", a), ("b", b))]
+        if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype or a.device != b.device:
+            found, want = (f"{x.dtype}{list(x.shape)} on {x.device}" for x in (b, a))
+            raise ArgumentError("b", found, f"as a, {want}, but for the last dimension")
+        for name, to, shape in (("out", out, [len(a)]), ("bounds", bounds, [len(a), 3])):
+            if to is not None and (to.dtype != torch.float64 or list(to.shape) != shape or not to.is_contiguous()):
+                raise ArgumentError(name, f"{to.dtype}{list(to.shape)}", f"contiguous torch.float64{shape}")
+        if a.dim() == 3 and a.shape[1] == 0:
+            continue
+        with _on(a) as (module, place):
+            at = 0 if bounds is None else bounds.data_ptr()
+            module.linear_sq_norms(place, _element(module, a), *sequences, bias, out.data_ptr(), at)
+
+
 def linear_sq_norms(a: Tensor, b: Tensor, bias: bool) -> Tensor:
     """Squared norms of per-sample gradients of a linear layer -> float64 [B]; a [B, (T,) I], b [B, (T,) O]."""
-    sequences = [_sequences(name, x) for name, x in (("a", a), ("b", b))]
-    if a.shape[:-1] != b.shape[:-1] or a.dtype != b.dtype or a.device != b.device:
-        found, want = (f"{x.dtype}{list(x.shape)} on {x.device}" for x in (b, a))
-        raise ArgumentError("b", found, f"as a, {want}, but for the last dimension")
-    out = torch.zeros(a.shape[0], dtype=torch.float64, device=a.device)
-    if a.dim() == 3 and a.shape[1] == 0:
-        return out
-    with _on(a) as (module, place):
-        module.linear_sq_norms(place, _element(module, a), *sequences, bias, out.data_ptr(), 0)
+    out = torch.zeros(a.shape[:1], dtype=torch.float64, device=a.device)
+    add_linear_sq_norms([(a, b, bias)], out)
     return out
 
 
@@ -140,8 +170,9 @@ def embedding_sq_norms(index: Tensor, b: Tensor, padding_index: int | None) -> T
     return out
 
 
-def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int) -> None:
+def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int, secure: bool = False) -> None:
     """x [...] += std * N(offset + i), the bits of the CPU's noise."""
+    require(not secure, "secure_mode", secure, "False on a GPU: the hardened noise is the CPU's only")
     _check("x", x)
     require(x.is_contiguous(), "x.stride()", x.stride(), "contiguous")
     native.check_range("std", std)
@@ -188,6 +219,71 @@ def poisson_sample(n: int, rate: float, key: Tensor, step: int, device: torch.de
     return ids, total
 
 
+# ---- what torch does on a GPU, with the arguments of native.py
+
+
+def layer_norm_gradients(
+    a: Tensor, b: Tensor, eps: float, centre: bool, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    if weight is not None:
+        a = a - a.mean(2, keepdim=True) if centre else a
+        normal = a * (a.square().mean(2, keepdim=True) + eps).rsqrt()
+        torch.sum(b * normal, 1, out=weight)
+    if bias is not None:
+        torch.sum(b, 1, out=bias)
+
+
+def group_norm_gradients(
+    a: Tensor, b: Tensor, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    if weight is not None:
+        of_group = a.reshape(len(a), groups, -1)
+        centred = of_group - of_group.mean(2, keepdim=True)
+        normal = centred * (centred.square().mean(2, keepdim=True) + eps).rsqrt()
+        torch.sum(b * normal.view_as(a), 2, out=weight)
+    if bias is not None:
+        torch.sum(b, 2, out=bias)
+
+
+def convolution_gradients(
+    a: Tensor,
+    b: Tensor,
+    groups: int,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    out: Tensor,
+) -> None:
+    """Records as groups of one convolution, whose weights' gradients are then those of each (Rochette et al. 2019,
+    arXiv:1912.06015). Not in TF32, whose rounding clipping leaves no room for."""
+    outputs, zeros = b.shape[1], (0,) * (a.dim() - 2)
+    weight = out.view(len(a) * outputs, *out.shape[2:])
+    arguments = [None, stride, padding, dilation, False, zeros, len(a) * groups, (False, True, False)]
+    with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
+        found = torch.ops.aten.convolution_backward(b.flatten(0, 1)[None], a.flatten(0, 1)[None], weight, *arguments)
+    weight.copy_(found[1])
+
+
+def lstm_forward(gates: Tensor, before: Tensor, c: Tensor, h: Tensor) -> None:
+    i, f, g, o = gates.chunk(4, 1)
+    for gate in (i, f, o):
+        gate.sigmoid_()
+    g.tanh_()
+    torch.mul(f, before, out=c).addcmul_(i, g)
+    torch.mul(o, c.tanh(), out=h)
+
+
+def lstm_backward(gates: Tensor, before: Tensor, c: Tensor, dh: Tensor, dc: Tensor) -> None:
+    i, f, g, o = gates.chunk(4, 1)
+    t = c.tanh()
+    dc.addcmul_(dh * o, 1 - t.square())
+    di, df, dg, do = dc * g, dc * before, dc * i, dh * t
+    dc *= f
+    for gate, gradient in ((i, di), (f, df), (o, do)):
+        gate.mul_(1 - gate).mul_(gradient)
+    g.copy_(dg * (1 - g.square()))
+
+
 def _refuse_capture() -> None:
     if DEVICE == "cuda" and torch.cuda.is_current_stream_capturing():
         raise PrivacyError("a CUDA graph would replay one step's noise or batch: leave it out of what is captured")
@@ -221,5 +317,5 @@ def _check_out(g: Tensor, out: Tensor) -> None:
     if out.dtype != torch.float32 or out.shape != g.shape[1:] or not out.is_contiguous() or out.device != g.device:
         found = f"{out.dtype}{list(out.shape)} on {out.device}"
         raise ArgumentError("out", found, f"contiguous torch.float32{list(g.shape[1:])} on {g.device}")
-    if g.numel() and out.untyped_storage().data_ptr() == g.untyped_storage().data_ptr():
+    if g.numel() and out.untyped_storage()._cdata == g.untyped_storage()._cdata:
         raise ArgumentError("out", "in g's memory", "memory of its own")

@@ -14,9 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fastdp import accounting, alike, layers, ledger, native, sharded, watch
+from fastdp import accounting, alike, cuda, gpusum, layers, ledger, native, sharded, watch
 from fastdp.clipping import GradientSum, Span, flat_numel, spans_of
 from fastdp.comm import Communicator
+from fastdp.device import on_gpu
 from fastdp.errors import ArgumentError, PrivacyError, require
 from fastdp.launch import launched_ranks
 from fastdp.optimizer import PrivateOptimizer
@@ -257,9 +258,14 @@ class PrivacyEngine:
             )
         # mpi4py's own, say.
         require(comm is None or hasattr(comm, "agree"), "comm", comm, "None or what fastdp.comm.init() returns")
+        if on_gpu(spans[0].param):
+            cuda.kernels()  # or an error now
+            require(not plan.secure_mode, "secure_mode", True, "False on a GPU: the hardened noise is the CPU's only")
+        elif comm is not None:
+            require(not comm.by_nccl, "comm.algorithm", "nccl", "another for a model on the CPU")
         self._dimension = plan.normals(sum(s.numel for s in spans))
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
-        key = self._shared_key(plan, module, optimizer, data_loader, comm)
+        key = self._shared_key(plan, module, optimizer, data_loader, loss_reduction, comm)
         self._open_ledger(plan, target, comm)
         recorder = layers.Recorder()
         try:
@@ -279,14 +285,15 @@ class PrivacyEngine:
             return probe.watch(batch, rows)
 
         loader.on_batch = on_batch
-        shared, flat = None, None
-        if comm is not None and size > 1:
+        shared, flat, on_gpus = None, None, on_gpu(spans[0].param)
+        if comm is not None and size > 1 and not on_gpus:
             if not plan.secure_mode and sharded.is_possible(comm, optimizer, spans):
                 shared = comm.shard(optimizer, spans)
                 flat = shared.flat
             else:
                 flat = comm.empty(flat_numel(spans), native.sum_dtype(spans[0].dtype))
         gradient = GradientSum(spans, plan.max_grad_norm, plan.layer_bounds, plan.gamma, flat)
+        gpu_sum = gpusum.of(comm, gradient.flat) if comm is not None and size > 1 and on_gpus else None
         recorder.settle = lambda use: use.settle(gradient.views, max(loader.rows, 1), gradient.dtype)
         private = PrivateOptimizer(
             optimizer,
@@ -300,6 +307,7 @@ class PrivacyEngine:
             loss_is_mean=loss_reduction == "mean",
             comm=comm if size > 1 else None,
             sharded=shared,
+            gpu_sum=gpu_sum,
         )
         self.plan = plan
         return module, private, loader
@@ -328,6 +336,7 @@ class PrivacyEngine:
         module: nn.Module,
         optimizer: Optimizer,
         data_loader: DataLoader[Any],
+        loss_reduction: str,
         comm: Communicator | None,
     ) -> SecretKey:
         """Rank 0's key, parameters and buffers on all ranks, after a check that they run the same plan."""
@@ -338,13 +347,14 @@ class PrivacyEngine:
                 "prior": self.ledger.prior,
                 "seed": "none" if self.seed is None else "given",
                 "ledger": "none" if self._ledger_path is None else "given",
+                "loss_reduction": loss_reduction,
             }
             alike.check(comm, plan, module, optimizer, data_loader, account)
             secret = comm.bcast_object(secret, 0)
             with torch.no_grad():
                 # Those that are frozen, too: gradients of different models must not be summed.
                 for x in (*module.parameters(), *module.buffers()):
-                    copy = x.data.contiguous()
+                    copy = x.data.cpu().contiguous()
                     comm.broadcast(copy.view(torch.uint8) if copy.dim() else copy.view(1).view(torch.uint8), 0)
                     x.data.copy_(copy)
         return SecretKey(secret)

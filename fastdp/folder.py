@@ -140,7 +140,8 @@ class RunFolder:
         Raises ArgumentError where there is no room; `written` names what is there.
         """
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in summary.items()}
-        self._whole(MODEL, lambda file: torch.save(model.state_dict(), file))
+        weights = {name: x.cpu() for name, x in model.state_dict().items()}  # for a machine without a GPU, too
+        self._whole(MODEL, lambda file: torch.save(weights, file))
         self._whole(REPORT, lambda file: file.write(_json(finite)))
         checkpoint.remove_all(self.path / CHECKPOINTS)
         try:

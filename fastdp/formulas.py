@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdp import native
+from fastdp.device import kernels
 
 Gradients = tuple[Tensor | None, Tensor | None]
 Formula = Callable[[Any, Tensor, Tensor, bool, bool], Gradients]  # module, a, b, weight and bias wanted
@@ -30,7 +31,7 @@ def convolution(m: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor, b: Tensor, weig
             mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
             a, padding = F.pad(a, m._reversed_padding_repeated_twice, mode), (0,) * len(m.stride)
         found = a.new_empty(len(a), *m.weight.shape)
-        native.convolution_gradients(a.contiguous(), b, m.groups, m.stride, padding, m.dilation, found)
+        kernels(a).convolution_gradients(a.contiguous(), b, m.groups, m.stride, padding, m.dilation, found)
     return found, b.flatten(2).sum(2) if bias else None
 
 
@@ -42,7 +43,7 @@ def layer_norm(m: nn.LayerNorm | nn.RMSNorm, a: Tensor, b: Tensor, weight: bool,
         x.reshape(len(x), math.prod(x.shape[1 : x.dim() - len(m.normalized_shape)]), n).contiguous() for x in (a, b)
     )
     found = _empty(a, n, weight), _empty(a, n, bias)
-    native.layer_norm_gradients(a, b, eps, isinstance(m, nn.LayerNorm), *found)
+    kernels(a).layer_norm_gradients(a, b, eps, isinstance(m, nn.LayerNorm), *found)
     return found
 
 
@@ -50,7 +51,7 @@ def group_norm(m: nn.GroupNorm, a: Tensor, b: Tensor, weight: bool, bias: bool) 
     """a, b [B, C, ...]."""
     a, b = (x.reshape(*x.shape[:2], math.prod(x.shape[2:])).contiguous() for x in (a, b))
     found = _empty(a, m.num_channels, weight), _empty(a, m.num_channels, bias)
-    native.group_norm_gradients(a, b, m.num_groups, m.eps, *found)
+    kernels(a).group_norm_gradients(a, b, m.num_groups, m.eps, *found)
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdp import native
+from fastdp.device import kernels
 
 sigmoid_backward, tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
 
@@ -76,8 +76,9 @@ class Lstm(Way):
         self.gates = self.linear(self.x, "bias_ih", "bias_hh")
         self.c = self.gates.new_empty(*y.shape[:2], w_hh.shape[1] // 4)
         m = y if w_hr is None else torch.empty_like(self.c)  # o tanh(c)
+        of = kernels(self.c)
         for t, c_t, m_t, y_t in self.times(self.gates, self.c, m, y):
-            native.lstm_forward(t.addmm_(h, w_hh), c, c_t, m_t)
+            of.lstm_forward(t.addmm_(h, w_hh), c, c_t, m_t)
             if w_hr is not None:
                 torch.mm(m_t, w_hr.t(), out=y_t)
             h, c = y_t, c_t
@@ -89,10 +90,11 @@ class Lstm(Way):
         dy = b if w_hr is None else torch.empty_like(b)
         times = self.times(self.gates, self.c, b, dy)
         before = [self.states[1], *(c for _, c, _, _ in times)]
+        of = kernels(self.c)
         for (t, c_t, b_t, dy_t), c in reversed(list(zip(times, before[:-1], strict=True))):
             dh += b_t
             dm = dh if w_hr is None else dy_t.copy_(dh) @ w_hr
-            native.lstm_backward(t, c, c_t, dm, dc)
+            of.lstm_backward(t, c, c_t, dm, dc)
             torch.mm(t, w_hh, out=dh)
         sums: Sums = [(("ih", "hh"), self.a, self.gates)]
         return sums if self.m is None else [*sums, (("hr",), self.m, dy)]

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdp import native
+from fastdp.device import kernels, on_gpu, zeros_in
 from fastdp.precision import wide
 
 # Output gradients are scaled so many numbers at once, 256 KiB of float32, or 256 rows: less memory, and in the cache.
 SCALED_AT_ONCE = 1 << 16
+SCALED_AT_ONCE_ON_GPU = 1 << 26  # where a launch costs as much as a MiB, and caches are out of reach
+
+CPU = torch.device("cpu")
 
 # Of each parameter, in its shape: where sums are kept.
 Views = Mapping[Tensor, Tensor]
@@ -41,21 +44,21 @@ def whole(p: Tensor | None) -> Block | None:
 class Scratch:
     """Memory kept from step to step, for one use after the other."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._kept = torch.empty(0, dtype=dtype)
+    def __init__(self, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self._kept = torch.empty(0, dtype=dtype, device=device)
 
     def rows(self, count: int, width: int) -> Tensor:
         if self._kept.numel() < count * width:
             # A quarter more than asked for: Poisson batches grow past their first size again and again.
-            self._kept = torch.empty(count * width * 5 // 4, dtype=self._kept.dtype)
+            self._kept = self._kept.new_empty(count * width * 5 // 4)
         return self._kept[: count * width].view(count, width)
 
 
 class Norms:
     """Squared norms of a group of parameters, and what a record may gain beyond its norm by rounding."""
 
-    def __init__(self, rows: int, dtype: torch.dtype) -> None:
-        self.sq = torch.zeros(rows, dtype=torch.float64)
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self.sq = torch.zeros(rows, dtype=torch.float64, device=device)
         self._dtype, self._limits = dtype, torch.finfo(dtype)
         # Of sums of products a_t b_t over positions t, whose terms may cancel but for their rounding: the sum of their
         # lengths, the largest b_t, and sqrt(O) sum |a_t|, of which the kernel loses a part where b_t is subnormal.
@@ -72,30 +75,32 @@ class Norms:
             else:
                 part.add_sq_norms(self)
         for products in together.values():
-            native.add_linear_sq_norms(products, self.sq)
+            kernels(self.sq).add_linear_sq_norms(products, self.sq)
 
     def add_sequence(self, a: Tensor, b: Tensor) -> None:
         """Of sum_t b_t a_t^T, or its transpose; a [B, T, I], b [B, T, O], b being what is scaled by the factors."""
         if self._bounds is None:
-            self._bounds = torch.zeros(len(self.sq), 3, dtype=torch.float64)
+            self._bounds = self.sq.new_zeros(len(self.sq), 3)
         positions = a.shape[1]
         # Each term of a sum of T is rounded at most T times, in whatever order; and the factor, and its product with b.
         self._roundings = max(self._roundings, positions + 4.0)
         # <a_t, a_u> <b_t, b_u>: I, O and one roundings, and those of sums over tiles of 4 by 4 or more of them.
         self._gram_roundings = max(self._gram_roundings, a.shape[2] + b.shape[2] + positions**2 / 16 + 32.0)
-        native.add_linear_sq_norms([(a, b, False)], self.sq, self._bounds)
+        kernels(self.sq).add_linear_sq_norms([(a, b, False)], self.sq, self._bounds)
 
     def factors(self, scale: float, max_grad_norm: float, gamma: float | None) -> tuple[Tensor, int]:
         """scale * min(1, C / (scale * norm)) of each record, float64 [B], and how many of them are 0.
 
         With a gamma, of automatic clipping: scale * C / (scale * norm + gamma).
         """
-        factors, zeros = native.clip_factors(self._widened(max_grad_norm), self._dtype, scale, max_grad_norm, gamma)
+        of = self._widened(max_grad_norm), self._dtype, scale, max_grad_norm, gamma
+        factors: Tensor
+        factors, zeros = kernels(self.sq).clip_factors(*of)
         if self._bounds is None:
             return factors, zeros
         # 0 where a product may be too large: the kernel would drop single positions.
         factors.masked_fill_(~(factors * self._bounds[:, 1] <= self._limits.max), 0.0)
-        return factors, int((factors == 0.0).sum())
+        return factors, zeros_in(factors)
 
     def _widened(self, max_grad_norm: float) -> Tensor:
         """Squares of norms that leave room for all that, or are infinite: errors are a part of `slack`, the sum of the
@@ -169,10 +174,10 @@ class Formed(PerSample):
     g: Tensor
 
     def add_sq_norms(self, norms: Norms) -> None:
-        norms.sq += native.sq_norms(self.g)
+        norms.sq += kernels(self.g).sq_norms(self.g)
 
     def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
-        native.sum_rows(self.formed(), factors, self.rows_of(views).view(-1), add)
+        kernels(self.g).sum_rows(self.formed(), factors, self.rows_of(views).view(-1), add)
 
     def formed(self) -> Tensor:
         return wide(self.g)
@@ -218,7 +223,8 @@ class Product(PerSample):
                 scaled, other, factors = (x.transpose(0, 1) for x in (scaled, other, factors))
         rows = factors.numel()
         # Of one size: a product of a few rows more would take as long to add to the sum.
-        pieces = max(1, round(rows / max(256, SCALED_AT_ONCE // max(1, scaled.shape[-1]))))
+        at_once = SCALED_AT_ONCE_ON_GPU if on_gpu(scaled) else SCALED_AT_ONCE
+        pieces = max(1, round(rows / max(256, at_once // max(1, scaled.shape[-1]))))
         pieces = min(pieces, max(1, len(scaled)))
         ends = [len(scaled) * i // pieces for i in range(pieces + 1)]
         for start, end in itertools.pairwise(ends):
@@ -230,7 +236,7 @@ class Product(PerSample):
         scaled = scratch.rows(other.shape[0], x.shape[-1])
         sums = None if self.bias is None else self.bias.rows_of(views)
         part = torch.empty_like(sums) if sums is not None and add else sums
-        native.scale_rows(x, factors.reshape(-1).contiguous(), scaled, part)
+        kernels(x).scale_rows(x, factors.reshape(-1).contiguous(), scaled, part)
         if sums is not None and part is not None and add:
             sums += part
         a, b = (scaled, other) if self._scales_a else (other, scaled)
@@ -280,14 +286,14 @@ class Rows(PerSample):
     b: Tensor
 
     def add_sq_norms(self, norms: Norms) -> None:
-        norms.sq.index_add_(0, self.record, native.sq_norms(self.b))
+        norms.sq.index_add_(0, self.record, kernels(self.b).sq_norms(self.b))
 
     def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
         view = self.rows_of(views)
         if not add:
             view.zero_()
         scaled = scratch.rows(*self.b.shape)
-        native.scale_rows(wide(self.b), factors[self.record], scaled, None)
+        kernels(self.b).scale_rows(wide(self.b), factors[self.record], scaled, None)
         view.index_add_(0, self.index, scaled)
 
     def formed(self) -> Tensor:
@@ -305,6 +311,41 @@ class Rows(PerSample):
             record, index = keys // size, keys % size
             b = torch.zeros(len(keys), b.shape[1], dtype=wide(b).dtype).index_add_(0, which, wide(b))
         return Rows(first.p, first.start, first.count, first.batch, record, index, b)
+
+
+@dataclasses.dataclass(eq=False)
+class Positions(PerSample):
+    """Of a table of embeddings on a GPU, where to find equal rows by torch.unique would be to wait for it: the rows
+    [B, T] that each record used, and b [B, T, E]."""
+
+    index: Tensor
+    b: Tensor
+
+    def add_sq_norms(self, norms: Norms) -> None:
+        """Uses of one row by a record are added up first."""
+        norms.sq += kernels(self.b).embedding_sq_norms(self.index, self.b, None)
+
+    def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
+        view, (records, positions, width) = self.rows_of(views), self.b.shape
+        if not add:
+            view.zero_()
+        scaled = scratch.rows(records * positions, width)
+        of_each = factors.unsqueeze(1).expand(records, positions).reshape(-1)
+        kernels(self.b).scale_rows(wide(self.b), of_each, scaled, None)
+        # index_add_ would add in any order there.
+        view.index_put_((self.index.flatten(),), scaled, accumulate=True)
+
+    def formed(self) -> Tensor:
+        b = wide(self.b)
+        g = b.new_zeros(len(b), *self.p.shape)
+        record = torch.arange(len(b), device=b.device).unsqueeze(1).expand_as(self.index)
+        return g.index_put_((record, self.index), b, accumulate=True).flatten(1)
+
+    @staticmethod
+    def joined(of: list[Positions]) -> Positions:
+        first = of[0]
+        index, b = (torch.cat([getattr(u, name) for u in of], 1) for name in ("index", "b"))
+        return Positions(first.p, first.start, first.count, index.contiguous(), b.contiguous())
 
 
 def of_parameters(parts: Iterable[PerSample]) -> list[PerSample]:

@@ -35,7 +35,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     inputs = [x.split(ROWS) for x in (features, categories) if x is not None]
-    outputs = torch.cat([model(*rows).double() for rows in zip(*inputs, strict=True)])
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    outputs = torch.cat([model(*(x.to(device) for x in rows)).double().cpu() for rows in zip(*inputs, strict=True)])
     labels = torch.cat(list(labels.split(ROWS)))
     model.train(was_training)
     if labels.is_floating_point():

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from fastdp import fused, native, sparse
+from fastdp import fused, gpusum, sparse
 from fastdp.accounting import Ledger
 from fastdp.clipping import GradientSum
 from fastdp.comm import Communicator
+from fastdp.device import kernels
 from fastdp.errors import ArgumentError, PrivacyError
 from fastdp.layers import Recorder
 from fastdp.plan import Plan
@@ -44,6 +45,7 @@ class PrivateOptimizer(Optimizer):
         loss_is_mean: bool,
         comm: Communicator | None,
         sharded: Sharded | None = None,
+        gpu_sum: gpusum.Staged | gpusum.Nccl | None = None,
     ) -> None:
         super().__init__(inner.param_groups, inner.defaults)
         self.inner = inner
@@ -68,6 +70,7 @@ class PrivateOptimizer(Optimizer):
         ]
         self._recorder, self._probe, self._loader = recorder, probe, loader
         self._key, self._loss_is_mean, self._comm, self._sharded = key, loss_is_mean, comm, sharded
+        self._gpu_sum = gpu_sum
 
     def _share_state(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
@@ -183,7 +186,10 @@ class PrivateOptimizer(Optimizer):
                 if self._sharded is not None:
                     self._sharded.leave()
                 comm.agree(flat, digest(plan.noise_std, plan.batch_size, key, step, self.param_groups, tables))
-                sparse.sum_flat(comm, flat, tables)
+                if self._gpu_sum is None:
+                    sparse.sum_flat(comm, flat, tables)
+                else:
+                    self._gpu_sum.all_reduce(flat)
                 self._mark("reduce")
                 one_rank_step(step)
         self.asked_to_stop = comm.wished
@@ -232,13 +238,18 @@ class PrivateOptimizer(Optimizer):
                 )
             if p.requires_grad != (s is not None):
                 raise PrivacyError(f"{name}: frozen or unfrozen after make_private")
-            if s is not None and (p.dtype != s.dtype or p.shape != s.shape or not p.is_cpu or not p.is_contiguous()):
+            if s is not None and (
+                p.dtype != s.dtype or p.shape != s.shape or p.device != flat.device or not p.is_contiguous()
+            ):
                 raise PrivacyError(f"{name}: its dtype, shape, device or layout was changed after make_private")
         for group in self.param_groups:
             for p in group["params"]:
                 if p not in self._spans and (p.requires_grad or p.grad is not None):
                     raise PrivacyError("optimizer: it was given another parameter with a gradient after make_private")
-        precision = torch.get_float32_matmul_precision()
+        try:
+            precision = torch.get_float32_matmul_precision()
+        except RuntimeError:  # torch's newer settings, of which one is coarser
+            precision = f"fp32_precision={torch.backends.cuda.matmul.fp32_precision}"
         if flat.dtype == torch.float32 and precision != "highest":
             raise PrivacyError(
                 f"torch.get_float32_matmul_precision()={precision!r}: must be 'highest': "
@@ -249,13 +260,13 @@ class PrivateOptimizer(Optimizer):
         """Noise and the optimizer's step in one pass over the parameters."""
         plan, flat, key = self.plan, self.gradient.flat, self._key.tensor()
         for h, parameters in fused.steps(self.inner, self._spans, plan.noise_std, plan.batch_size):
-            native.noise_step(h, parameters, flat, key, step)
+            kernels(flat).noise_step(h, parameters, flat, key, step)
         torch.autograd.graph.increment_version(list(self._spans))
 
     def _noise_then_inner(self, step: int) -> None:
         for s in self.gradient.spans:
             g = self.gradient.views[s.param]
-            native.add_noise(g, self.plan.noise_std, self._key.tensor(), step, s.offset, self.plan.secure_mode)
+            kernels(g).add_noise(g, self.plan.noise_std, self._key.tensor(), step, s.offset, self.plan.secure_mode)
             g /= self.plan.batch_size
             s.param.grad = g.to(s.dtype, copy=True)  # not a view: whoever saved it would save the whole buffer
         try:

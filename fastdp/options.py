@@ -89,8 +89,10 @@ class Options:
     "How epsilon is computed; both are upper bounds, pld is tighter."
     shuffle: bool = False
     "Shuffled batches instead of Poisson samples: no amplification by sampling is claimed."
-    all_reduce: Literal["auto", "ring", "tree", "shared", "hierarchical", "mpi"] = "auto"
-    "Algorithm that sums gradients over ranks."
+    device: Literal["cpu", "cuda"] = "cpu"
+    "cuda: each rank has a GPU of its host. In a build with CUDA kernels, which no GPU has run yet."
+    all_reduce: Literal["auto", "ring", "tree", "shared", "hierarchical", "mpi", "nccl"] = "auto"
+    "Algorithm that sums gradients over ranks; nccl is for GPUs, whose sums go by way of the CPU's memory otherwise."
     timeout: float = 60.0
     "Seconds that a rank waits for the others before it gives up with an error."
     seed: Annotated[int | None, Parameter(converter=_whole)] = None
@@ -127,7 +129,7 @@ class Options:
 
 
 # What may differ between a run and its resumption: what is computed and spent does not depend on it.
-HARMLESS: Final = {"all_reduce", "timeout", "max_physical_batch_size", "profile", "tensorboard"}
+HARMLESS: Final = {"all_reduce", "device", "timeout", "max_physical_batch_size", "profile", "tensorboard"}
 CHANGEABLE: Final = HARMLESS | {"output", "resume", "checkpoint_every", "config"}
 
 HELP: Final = "Train a differentially private model on a table, alone or under mpirun."
@@ -148,6 +150,8 @@ def check_options(options: Options) -> None:
     both = target is not None and options.noise_multiplier is not None
     require(not both, "noise_multiplier", options.noise_multiplier, "absent when target_epsilon is given")
 
+    on_gpus = options.all_reduce != "nccl" or options.device == "cuda"
+    require(on_gpus, "all_reduce", options.all_reduce, "another without device cuda")
     there = not options.tensorboard or importlib.util.find_spec("tensorboard") is not None
     require(there, "tensorboard", True, "absent until it is installed: pip install tensorboard")
     require(options.checkpoint_every > 0, "checkpoint_every", options.checkpoint_every, "> 0")

@@ -62,7 +62,7 @@ class Call(Use):
     def precision(self, parameters: list[Tensor]) -> torch.dtype:
         """The coarsest type that the module computes in; PrivacyError if there is no rule for it."""
         dtypes = [x.dtype for x in (*_floating(self.arguments), *self.outputs, *parameters)]
-        return coarsest(self.layer, dtypes + [self.autocast.dtype] * self.autocast.on)
+        return coarsest(self.layer, [*dtypes, *self.autocast.dtypes.values()])
 
 
 class Unit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastdp.errors import PrivacyError
 
+DEVICES = ("cpu", "cuda")
 ORDER = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}
 
 
@@ -36,16 +37,34 @@ def coarsest(layer: str, dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 class Autocast:
-    """Whether torch.autocast is on now, and to which type."""
+    """Whether torch.autocast is on now, for which device, and to which types."""
 
     def __init__(self) -> None:
-        self.on, self.dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        self.dtypes = {of: torch.get_autocast_dtype(of) for of in DEVICES if torch.is_autocast_enabled(of)}
 
     def again(self) -> AbstractContextManager[Any]:
-        # Its cache of rounded weights would keep those that a forward that is run again has put in their places.
-        return torch.autocast("cpu", self.dtype, enabled=self.on, cache_enabled=False)
+        stack = ExitStack()
+        for of in DEVICES:
+            # Its cache of rounded weights would keep those that a forward run again has put in their places.
+            if of in self.dtypes:
+                stack.enter_context(torch.autocast(of, self.dtypes[of], cache_enabled=False))
+            elif torch.is_autocast_enabled(of):
+                stack.enter_context(torch.autocast(of, enabled=False))
+        return stack
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """To which type torch.autocast rounds what is made of x now; None: it is off."""
+    of = x.device.type
+    return torch.get_autocast_dtype(of) if of in DEVICES and torch.is_autocast_enabled(of) else None
 
 
 def without_autocast() -> AbstractContextManager[Any]:
     """For sums of contributions: a loop may have all of its step within autocast, which would round them."""
-    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+    on = [of for of in DEVICES if torch.is_autocast_enabled(of)]
+    if not on:
+        return nullcontext()
+    stack = ExitStack()
+    for of in on:
+        stack.enter_context(torch.autocast(of, enabled=False))
+    return stack

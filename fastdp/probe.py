@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdp.coupling import STRENGTHS, compare, compare_half, replace_rows, size
+from fastdp.device import random_states, restore_random_states
 from fastdp.errors import PrivacyError
 from fastdp.layers import PLAIN, Inert, Recorder
 from fastdp.scales import Scales
@@ -283,9 +284,9 @@ class Probe:
         rows, self._rows = self._rows, 0  # the hooks above do nothing meanwhile
         recorder = self.recorder
         before = recorder.uses, recorder.backward, recorder.batch, recorder.depth
-        state = State(self.root)
+        state, ours = State(self.root), random_states()
         try:
-            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            with torch.enable_grad():
                 # What the loop draws is the same in every replay; what the module draws is what it drew.
                 _seed()
                 recorder.uses, recorder.backward = [], None
@@ -299,6 +300,7 @@ class Probe:
             recorder.uses, recorder.backward, recorder.batch, recorder.depth = before
             state.restore()
             self.tape, self._rows = tape, rows
+            restore_random_states(ours)
             random.setstate(python)
             np.random.set_state(numbers)
             for p, g in gradients:

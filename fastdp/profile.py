@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import IO, Final
 
+import torch
+
 from fastdp.comm import Communicator
 from fastdp.disk import write_whole
 
@@ -29,6 +31,8 @@ class Profile:
         self._last = time.perf_counter()
 
     def mark(self, phase: str) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what was asked of a GPU belongs to the phase that asked
         now = time.perf_counter()
         self._seconds[phase] += now - self._last
         self._last = now

@@ -18,7 +18,7 @@ from fastdp.errors import PrivacyError
 from fastdp.gates import WAYS, Sums, Way
 from fastdp.gradients import Formed, PerSample, Product, are_small
 from fastdp.layers import Hooks
-from fastdp.precision import coarsest, wide, without_autocast
+from fastdp.precision import autocast_dtype, coarsest, wide, without_autocast
 from fastdp.uses import Use
 
 
@@ -94,7 +94,7 @@ class Layers:
         use = self.use
         b, *last = (None if g is None else wide(g) for g in use.b)
         gradients = [
-            wide(torch.zeros(s.shape, dtype=s.dtype) if g is None else g.clone(memory_format=torch.contiguous_format))
+            wide(s.new_zeros(s.shape) if g is None else g.clone(memory_format=torch.contiguous_format))
             for s, g in zip(use.states, last, strict=True)
         ]
         k = len(gradients[0])
@@ -123,7 +123,7 @@ class _Gates(torch.autograd.Function):
     def forward(ctx: Any, use: RecurrentUse, keep: Callable[[Use, Any], None], anchor: Tensor, *inputs: Tensor) -> Any:
         ctx.use, ctx.layers, ctx.keep = use, Layers(use), keep
         ctx.set_materialize_grads(False)
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else use.x.dtype
+        dtype = autocast_dtype(use.x) or use.x.dtype
         with without_autocast():
             y, *last = (out.to(dtype) for out in ctx.layers.forward())
         return _turned(use.module, y), *last
@@ -135,7 +135,7 @@ class _Gates(torch.autograd.Function):
             raise PrivacyError(f"{use.layer}: a second backward() through the same forward: call the module again")
         ctx.layers = None  # what it kept is used up, and must not live as long as the user's loss does
         ctx.keep(use, [None if b[0] is None else _turned(use.module, b[0]), *b[1:]])
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast():
             x, states = layers.backward(ctx.needs_input_grad[3])
         return None, None, None, None if x is None else _turned(use.module, x), *states
 
@@ -183,9 +183,9 @@ class RecurrentHooks(Hooks):
             )
         x, given = args[0], list(args[1]) if m.mode == "LSTM" else [args[1]]
         dtype = m._flat_weights[0].dtype
-        autocast = torch.is_autocast_enabled("cpu")
-        coarsest(self.name, [x.dtype, *([torch.get_autocast_dtype("cpu")] if autocast else [])])
-        if x.dtype != dtype and not autocast:
+        rounded = autocast_dtype(x)
+        coarsest(self.name, [x.dtype, *([] if rounded is None else [rounded])])
+        if x.dtype != dtype and rounded is None:
             raise PrivacyError(f"{self.name}: input {x.dtype}: must be {dtype} as its parameters")
         versions = [(s, s._version) for s in (x, *given, *m._flat_weights)]
         states = [s.detach() for s in given]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastdp.device import on_gpu
 from fastdp.errors import ArgumentError, require
 from fastdp.formulas import FORMULAS
 
@@ -71,9 +72,11 @@ def check(module: nn.Module) -> None:
     for p in managed:
         if p._backward_hooks:
             raise ArgumentError("module.parameters()", "a parameter with gradient hooks", "without: they would not run")
-        wide = torch.float64 in (p.dtype, managed[0].dtype) and p.dtype != managed[0].dtype
-        if p.dtype not in (torch.float32, torch.bfloat16, torch.float64) or wide or p.device.type != "cpu":
-            bound = "all float64, or float32 and bfloat16, on cpu"
+        first = managed[0]
+        wide = torch.float64 in (p.dtype, first.dtype) and (p.dtype != first.dtype or on_gpu(p))
+        elsewhere = p.device != first.device or (p.device.type != "cpu" and not on_gpu(p))
+        if p.dtype not in (torch.float32, torch.bfloat16, torch.float64) or wide or elsewhere:
+            bound = "all float64, or float32 and bfloat16, on cpu; or these on one GPU"
             raise ArgumentError("module.parameters()", f"{p.dtype} on {p.device}", bound)
 
 

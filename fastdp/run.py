@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import fastdp
@@ -67,7 +67,11 @@ class Run:
     optimizer: PrivateOptimizer
     loader: PrivateLoader
     profile: Profile | None
+    device: torch.device
     steps_trained: int = 0  # that the model has seen; others were spent, and lost by a crash
+
+    def placed(self, batch: list[Tensor]) -> list[Tensor]:
+        return batch if self.device.type == "cpu" else [x.to(self.device, non_blocking=True) for x in batch]
 
     def mark(self, phase: str) -> None:
         """What the time since the last mark was, if that is wanted."""
@@ -127,13 +131,13 @@ class Run:
         }
 
 
-def make_run(options: Options, comm: Communicator, table: data.Table, path: Path) -> Run:
+def make_run(options: Options, comm: Communicator, table: data.Table, path: Path, device: torch.device) -> Run:
     """Model, optimizer and loader, made private; as the folder's newest checkpoint has them if it is resumed."""
     if options.seed is None:
         torch.seed()
     else:
         torch.manual_seed(options.seed)
-    model = build_model(options.model, table.train_features.shape[1:], table.outputs, table.category_sizes)
+    model = build_model(options.model, table.train_features.shape[1:], table.outputs, table.category_sizes).to(device)
     engine = fastdp.PrivacyEngine(options.accountant, options.seed, path / folder.LEDGER, prior=table.prior)
     momentum = {"momentum": options.momentum} if options.optimizer == "sgd" else {}
     optimizer = OPTIMIZERS[options.optimizer](model.parameters(), lr=options.learning_rate, **momentum)
@@ -166,7 +170,7 @@ def make_run(options: Options, comm: Communicator, table: data.Table, path: Path
             raise
     profile = Profile(comm) if options.profile else None
     made[1].profile = profile
-    return Run(options, comm, table, engine, *made, profile, trained)
+    return Run(options, comm, table, engine, *made, profile, device, trained)
 
 
 def _restore(comm: Communicator, model: nn.Module, optimizer: PrivateOptimizer, table: data.Table, path: Path) -> int:
@@ -302,7 +306,8 @@ def summarise(run: Run, last: dict[str, float], seconds_per_step: float) -> dict
         "seconds_per_epoch": seconds_per_step * len(run.loader),
         "records_per_second": plan.batch_size / seconds_per_step,
         "ranks": run.comm.size,
-        "all_reduce": run.comm.algorithm if run.comm.size > 1 else None,
+        "all_reduce": options.all_reduce if run.comm.size > 1 else None,
+        "device": options.device,
         "accountant": options.accountant,
         "privacy_unit": table.unit,
         "private": run.is_private,

@@ -55,7 +55,7 @@ class SparseSum:
             return []
         row_bytes = values.shape[1] * values.itemsize
         native.leave_rows(rows, row_bytes)
-        self._comm.meet("barrier")
+        self._comm.meet("sparse_all_reduce_rows")
         return native.rows_left(row_bytes)
 
     def _gathered(self, indices: Tensor, values: Tensor) -> list[Rows]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._guards import CompileContext
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastdp.device import random_states, restore_random_states
 from fastdp.errors import refuse_compiled
 from fastdp.precision import Autocast
 from fastdp.state import State
@@ -22,11 +23,11 @@ class Random:
     """Where the generators stood."""
 
     def __init__(self) -> None:
-        self._states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self._states = random_states(), random.getstate(), np.random.get_state()
 
     def restore(self) -> None:
         ours, python, numbers = self._states
-        torch.set_rng_state(ours)
+        restore_random_states(ours)
         random.setstate(python)
         np.random.set_state(numbers)
 
@@ -79,12 +80,12 @@ class Tape:
         """What the functions make of changed records: by the id of what they made, and numbers taken out of torch."""
         known: dict[int, Any] = {id(marked): change(value).clone() for marked, value in self._sources}
         values: list[Any] = []
-        start, self.drew = torch.get_rng_state(), False
+        start, self.drew = random_states(), False
         for number, (func, args, kwargs, result) in enumerate(self.calls):
             if number in self._randoms:
-                self.drew |= not torch.equal(torch.get_rng_state(), start)
+                self.drew |= _drew_since(start)
                 self._randoms[number].restore()
-                start = torch.get_rng_state()
+                start = random_states()
             args, kwargs = tree_map_only(Tensor, lambda x: known.get(id(x), x), (args, kwargs))
             with self._autocast[number].again():
                 again = func(*args, **kwargs)
@@ -95,8 +96,12 @@ class Tape:
                     values.append(y.tobytes())
                 elif isinstance(y, (int, float, bool, complex, torch.Size)):
                     values.append(y)
-        self.drew |= not torch.equal(torch.get_rng_state(), start)
+        self.drew |= _drew_since(start)
         return known, values
+
+
+def _drew_since(states: list[Tensor]) -> bool:
+    return not all(map(torch.equal, random_states(), states))
 
 
 class Taped(Tensor):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdp
-from fastdp import data, metrics, report
+from fastdp import data, device, metrics, report
 from fastdp.errors import ArgumentError, CommError
 from fastdp.folder import RunFolder
 from fastdp.job import (
@@ -74,7 +74,8 @@ def train(run: Run, folder: RunFolder | None) -> dict[str, Any] | None:
     with progress, StopOnSignal(optimizer.ask_to_stop):
         while optimizer.steps < run.steps:
             started = time.perf_counter()
-            for *inputs, labels in loader:
+            for batch in loader:
+                *inputs, labels = run.placed(batch)
                 mark("data")
                 optimizer.zero_grad()
                 loss = loss_of(model(*inputs), labels)
@@ -149,11 +150,12 @@ def run_on_all_ranks(options: Options) -> int:
     try:
         agree(comm, None)  # ranks whose command line is wrong come here with what is wrong
         together(comm, lambda: check_same(comm, options))
+        place = together(comm, lambda: device.of_rank(options.device, comm.local_rank, comm.local_size))
         options, table = together(comm, lambda: load_table(options))
         together(comm, lambda: data.check_same(comm, table))
         announce(options, comm, table)
         path = together(comm, lambda: choose_folder(options, comm, table))
-        run = made = together(comm, lambda: make_run(options, comm, table, path))
+        run = made = together(comm, lambda: make_run(options, comm, table, path, place))
         folder = together(comm, lambda: open_folder(made, path))
         summary = train(made, folder)
         if made.profile is not None:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdp.device import on_gpu
 from fastdp.errors import PrivacyError
 from fastdp.formulas import FORMULAS
-from fastdp.gradients import Block, Formed, PerSample, Product, Rows, are_small, whole
+from fastdp.gradients import Block, Formed, PerSample, Positions, Product, Rows, are_small, whole
 from fastdp.precision import wide, without_autocast
 
 
@@ -148,6 +149,11 @@ class EmbeddingUse(LayerUse):
         if weight not in managed:
             return []
         self.check(rows, dtype, 1)
+        if on_gpu(self.b):
+            ids, b = self.a.reshape(rows, -1).long(), self.b.reshape(rows, -1, self.b.shape[-1])
+            if padding is not None:
+                b = b.masked_fill((ids == padding).unsqueeze(2), 0.0)
+            return [Positions(weight, 0, len(weight), ids, b)]
         record = torch.arange(rows).repeat_interleave(self.a[:1].numel())
         index, b = self.a.flatten(), self.b.reshape(record.numel(), -1)
         if padding is not None:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 PAGE = 4096
 
 
+class Refused(CommError):
+    """There is not enough memory: all ranks raise this, and the communicator is as good as before."""
+
+
 def allocate(comm: Communicator, total: int, begin: int, count: int) -> _mpi.SharedMemory:
     """`total` bytes, zeros, for the ranks of this host, of which this rank takes `count` from `begin` on from its NUMA
     node. All ranks call it. Raises CommError on all of them where one cannot: then nothing is left of it."""
@@ -44,7 +48,7 @@ def allocate(comm: Communicator, total: int, begin: int, count: int) -> _mpi.Sha
             error = str(refused)
     for rank, failure in enumerate(comm.allgather_object(error or leaders_error)):
         if failure:
-            raise CommError(f"rank {rank}: {failure}")
+            raise Refused(f"rank {rank}: {failure}")
     assert memory is not None
     memory.touch()
     memory.close_file()

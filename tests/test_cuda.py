@@ -3,7 +3,7 @@ on an emulated fastdp._cuda."""
 
 from __future__ import annotations
 
-import importlib.util
+import concurrent.futures
 import json
 import math
 import os
@@ -11,8 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,35 +24,46 @@ CSRC = HERE.parent.parent / "csrc"
 KEY = torch.arange(32, dtype=torch.uint8)
 
 
-def build(program: Path, *flags: str) -> None:
+def run_suites(folder: Path, *flags: str, arguments: tuple[str, ...] = ()) -> list[Path]:
+    """Builds both halves of host.cpp and runs them, at once: the programs."""
     if (os.environ.get("CXX") or shutil.which("g++")) is None or not CSRC.is_dir():
         pytest.skip("no C++ compiler, or not run in the sources")
-    built = subprocess.run([HERE / "build.sh", program, *flags], capture_output=True, text=True, timeout=300)
-    assert built.returncode == 0, built.stderr
-
-
-def run(program: Path, *args: str, **environment: str) -> None:
     # Without a fixed layout of memory: older sanitizers do not know the kernel's.
     setarch = ["setarch", "-R"] if shutil.which("setarch") else []
-    command = [*setarch, program, *args]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | environment)
-    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stdout + ran.stderr
+
+    def run(suites: int) -> Path:
+        program = folder / f"host{suites}"
+        for command in (
+            [HERE / "build.sh", program, f"-DFASTDP_SUITES={suites}", *flags],
+            [*setarch, program, *arguments],
+        ):
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert ran.returncode == 0, ran.stdout + ran.stderr
+        assert ran.stdout == "done\n", ran.stdout + ran.stderr
+        return program
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(run, (1, 2)))
 
 
 # Of csrc/cuda, what only a GPU runs, and what holds no body.
 NO_BODIES = {"api.h", "api-inl.h", "context.h", "launcher.h"}
 
 
+def coverage_of(program: Path) -> list[dict[str, Any]]:
+    """gcov's, of the files that host.cpp is made of."""
+    command = ["gcov", "--json-format", "--stdout", next(program.parent.glob(f"{program.name}-host.gcda"))]
+    run = subprocess.run(command, cwd=program.parent, capture_output=True, text=True, timeout=300, check=True)
+    return [file for line in run.stdout.splitlines() for file in json.loads(line)["files"]]
+
+
 def test_bodies_against_the_oracle_under_sanitizers(tmp_path: Path) -> None:
     """And every line of them is run."""
-    build(tmp_path / "host", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--coverage")
-    run(tmp_path / "host")
+    programs = run_suites(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "--coverage")
     if shutil.which("gcov") is None:
         pytest.skip("no gcov: the tests passed, but which lines they ran is not known")
-    command = ["gcov", "--json-format", "--stdout", next(tmp_path.glob("*host.gcda"))]
-    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True).stdout
     times: dict[tuple[str, int], int] = {}  # of all instantiations together
-    for file in (file for line in printed.splitlines() for file in json.loads(line)["files"]):
+    for file in (file for program in programs for file in coverage_of(program)):
         if Path(file["file"]).parent.name == "cuda" and Path(file["file"]).parent.parent.name == "csrc":
             for line in file["lines"]:
                 place = Path(file["file"]).name, line["line_number"]
@@ -64,8 +73,7 @@ def test_bodies_against_the_oracle_under_sanitizers(tmp_path: Path) -> None:
 
 
 def test_bodies_have_no_data_race(tmp_path: Path) -> None:
-    build(tmp_path / "host", "-fsanitize=thread", "-Wno-tsan", "-DFASTDP_ONLY_THREADS")
-    run(tmp_path / "host", "threads")
+    run_suites(tmp_path, "-fsanitize=thread", "-Wno-tsan", "-DFASTDP_ONLY_THREADS", arguments=("threads",))
 
 
 # Of each body, at most: registers of a thread, bytes of static shared memory. On compute capability 8.0 and 9.0.
@@ -82,19 +90,38 @@ LIMITS = {
     "NoiseStep": (56, 0),
     "ProductSquares": (32, 32),
     "Sample": (56, 0),
+    "ScaleRows": (30, 0),
     "SquareNorms": (56, 64),
     "SumPieces": (30, 0),
     "SumRows": (76, 0),
 }
 
 
-@pytest.mark.parametrize("architecture", ["80", "90"])
-def test_nvcc_keeps_all_in_registers(architecture: str, tmp_path: Path) -> None:
+def find_nvcc() -> str:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None or not CSRC.is_dir():
         pytest.skip("no nvcc, or not run in the sources")
+    return nvcc
+
+
+def test_bodies_on_a_gpu(tmp_path: Path) -> None:
+    """The same suites, as far as there is one: without, that they compile for it."""
+    sources = [CSRC / f"{name}.cpp" for name in ("dispatch", "isa_scalar", "ops", "threads")]
+    gpu = subprocess.run(["nvidia-smi"], capture_output=True).returncode == 0 if shutil.which("nvidia-smi") else False
+    flags = ["-std=c++20", "-O1", "-fmad=false", "-arch=native" if gpu else "-arch=sm_90"]
+    command = [find_nvcc(), *flags, HERE / "gpu.cu", *sources, "-o", tmp_path / "gpu"]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert built.returncode == 0, built.stderr
+    ran = subprocess.run([tmp_path / "gpu"], capture_output=True, text=True, timeout=600)
+    if ran.returncode == 3:
+        pytest.skip(f"compiled, and not run: {ran.stdout.strip()}")
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("architecture", ["80", "90"])
+def test_nvcc_keeps_all_in_registers(architecture: str, tmp_path: Path) -> None:
     flags = ["-std=c++20", "-O3", "-fmad=false", "-Xptxas", "-v", f"-arch=sm_{architecture}", "-cubin"]
-    command = [nvcc, *flags, CSRC / "cuda" / "kernels.cu", "-o", tmp_path / "kernels.cubin"]
+    command = [find_nvcc(), *flags, CSRC / "cuda" / "kernels.cu", "-o", tmp_path / "kernels.cubin"]
     built = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert built.returncode == 0 and "warning" not in built.stderr, built.stderr
     kernels = re.findall(
@@ -115,33 +142,7 @@ def test_nvcc_keeps_all_in_registers(architecture: str, tmp_path: Path) -> None:
 # ---- fastdp/cuda.py, with the emulator in the place of a GPU
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pybind11 = pytest.importorskip("pybind11")
-    if (os.environ.get("CXX") or shutil.which("g++")) is None or not CSRC.is_dir():
-        pytest.skip("no C++ compiler, or not run in the sources")
-    module = tmp_path_factory.mktemp("emulated") / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    flags = ["-shared", "-fPIC", "-std=gnu++20", "-O1", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
-    flags += ['-DFASTDP_VERSION="emulated"', f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    sources = [HERE / "emulated.cpp", CSRC / "cuda" / "bindings.cpp"]
-    command = [os.environ.get("CXX", "g++"), *flags, *sources, "-o", module]
-    built = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert built.returncode == 0, built.stderr
-    spec = importlib.util.spec_from_file_location("fastdp._cuda", module)
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-@pytest.fixture
-def on_cpu(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cuda, "kernels", lambda: emulated)
-    monkeypatch.setattr(cuda, "DEVICE", "cpu")
-    yield
-
-
-@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.usefixtures("on_emulator")
 class TestOnTheEmulator:
     @pytest.mark.parametrize("dtype", cuda.DTYPES)
     @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (5, 33), (40, 1000), (3, 40_000)])
@@ -156,7 +157,7 @@ class TestOnTheEmulator:
         g[3, 5] = math.nan
         sq = cuda.sq_norms(g)
         for gamma in (None, 0.01):
-            factors = cuda.clip_factors(sq, 0.5, 1.0, gamma)
+            factors, _ = cuda.clip_factors(sq, torch.float32, 0.5, 1.0, gamma)
             assert torch.equal(factors, native.clip_factors(sq, torch.float32, 0.5, 1.0, gamma)[0])
             got, want = torch.ones(300), torch.ones(300)
             cuda.sum_rows(g, factors, got, add=True)

@@ -331,6 +331,10 @@ CHANGES = {
     "get_float32_matmul_precision": lambda m: torch.set_float32_matmul_precision("medium"),
 }
 
+HAS_NEWER_SETTINGS = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+if HAS_NEWER_SETTINGS:
+    CHANGES["fp32_precision=tf32"] = lambda m: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+
 
 @pytest.mark.parametrize("message", CHANGES)
 def test_changes_after_make_private_are_refused(message: str, loop) -> None:
@@ -342,6 +346,8 @@ def test_changes_after_make_private_are_refused(message: str, loop) -> None:
             F.cross_entropy(module(x.to(module[0].weight.dtype)), y).backward()
             optimizer.step()
     finally:
+        if HAS_NEWER_SETTINGS:
+            torch.backends.cuda.matmul.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
 
 

@@ -78,6 +78,6 @@ def test_a_step_taken_together_is_the_step_of_torch(ranks: int) -> None:
     assert launch.run("sharded.py", ranks=ranks).count("done: rank") == ranks
 
 
-def test_what_is_wrong_on_one_rank_ends_the_step_on_all() -> None:
-    result = launch.start("sharded.py", "failure", ranks=3, timeout=60)
+def test_what_one_rank_leaves_in_the_middle_ends_on_all() -> None:
+    result = launch.start("interrupted.py", ranks=3, timeout=60)
     assert result.stdout.count("done: rank") == 3, result.stdout

@@ -26,11 +26,21 @@ enum class Operation : std::int64_t {
   barrier,
   empty,
   noise_step,
-  sparse
+  sparse,
+  // The meetings that end these: not a barrier, which a signal handler may call between the two.
+  noise_step_end,
+  sparse_rows
 };
-inline constexpr std::array<std::string_view, 8> kOperationNames = {
-    "all_reduce", "reduce_scatter", "all_gather",        "broadcast",
-    "barrier",    "empty",          "reduce_noise_step", "sparse_all_reduce"};
+inline constexpr std::array<std::string_view, 10> kOperationNames = {"all_reduce",
+                                                                     "reduce_scatter",
+                                                                     "all_gather",
+                                                                     "broadcast",
+                                                                     "barrier",
+                                                                     "empty",
+                                                                     "reduce_noise_step",
+                                                                     "sparse_all_reduce",
+                                                                     "reduce_noise_step_end",
+                                                                     "sparse_all_reduce_rows"};
 
 inline std::size_t item_bytes(DType dtype) { return kDTypeBytes[static_cast<std::size_t>(dtype)]; }
 

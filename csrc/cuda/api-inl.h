@@ -5,12 +5,13 @@
 #include <string>
 
 #include "api.h"
+#include "clip_sum.h"
 #include "embedding.h"
 #include "half.h"
 #include "linear.h"
 #include "noise.h"
-#include "rows.h"
 #include "sample.h"
+#include "scale.h"
 #include "step.h"
 
 namespace fastdp::cuda {
@@ -60,6 +61,11 @@ void clip_factors(const Place& place, const double* sq_norms, int64_t batch, dou
 void sum_rows(const Place& place, Element type, const Table& g, const double* factors, float* out, bool add) {
   Launcher on = launcher(place);
   with_element(type, [&](auto t) { sum_rows(on, rows<decltype(t)>(g), factors, out, add); });
+}
+
+void scale_rows(const Place& place, const TableOfSequences& x, const double* factors, float* out) {
+  Launcher on = launcher(place);
+  scale_rows(on, sequences<float>(x), factors, out);
 }
 
 void linear_sq_norms(const Place& place, Element type, const TableOfSequences& a, const TableOfSequences& b, bool bias,

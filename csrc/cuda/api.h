@@ -44,6 +44,8 @@ void clip_sum(const Place& place, Element type, const Table& g, double max_norm,
 void clip_factors(const Place& place, const double* sq_norms, int64_t batch, double scale, double max_norm,
                   double gamma, double* factors);
 void sum_rows(const Place& place, Element type, const Table& g, const double* factors, float* out, bool add);
+// out [records * positions, n] = factors * rows of float
+void scale_rows(const Place& place, const TableOfSequences& x, const double* factors, float* out);
 // out[B] += squared norms of a linear layer's per-sample gradients; bounds[B] gain as on the CPU, or null
 void linear_sq_norms(const Place& place, Element type, const TableOfSequences& a, const TableOfSequences& b, bool bias,
                      double* out, SequenceBounds* bounds);

@@ -75,6 +75,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("sum_rows", [](const Place& place, Element type, const TableOf& g, Address factors, Address out, bool add) {
     sum_rows(place, type, table(g), at<const double>(factors), at<float>(out), add);
   });
+  m.def("scale_rows", [](const Place& place, const SequencesOf& x, Address factors, Address out) {
+    scale_rows(place, sequences(x), at<const double>(factors), at<float>(out));
+  });
   m.def("linear_sq_norms", [](const Place& place, Element type, const SequencesOf& a, const SequencesOf& b, bool bias,
                               Address out, Address bounds) {
     linear_sq_norms(place, type, sequences(a), sequences(b), bias, at<double>(out), at<SequenceBounds>(bounds));

@@ -16,10 +16,10 @@ struct f16 {
   uint16_t bits;
 };
 
-#if defined(__CUDA_ARCH__)
-__device__ inline float load(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ inline void store(f16& to, float x) { to.bits = __half_as_ushort(__float2half_rn(x)); }
-#elif !defined(__CUDACC__)
+#if defined(__CUDACC__)
+FASTDP_BOTH inline float load(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+FASTDP_BOTH inline void store(f16& to, float x) { to.bits = __half_as_ushort(__float2half_rn(x)); }
+#else
 inline float load(f16 x) {
   _Float16 half;
   std::memcpy(&half, &x.bits, sizeof half);

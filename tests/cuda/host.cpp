@@ -1,20 +1,25 @@
 // All bodies of csrc/cuda on the CPU: built and run by tests/test_cuda.py, also under sanitizers and gcov.
-//   host [threads]    "threads": the cases for ThreadSanitizer, with OS threads; built with FASTDP_ONLY_THREADS, in
-//   half
+//   host [threads]    "threads": the cases for ThreadSanitizer, with OS threads; built with FASTDP_ONLY_THREADS, in half
 //                     the time, it has no others
+// FASTDP_SUITES: which are in it, rows (1) or the others (2): two compilers at once take half of the time.
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <new>
 #include <type_traits>
 
-#include "embedding.h"
 #include "emulator.h"
+#if FASTDP_SUITES & 1
+#include "rows.h"
+#endif
+#if FASTDP_SUITES & 2
+#include "embedding.h"
 #include "linear.h"
 #include "noise.h"
-#include "rows.h"
 #include "sample.h"
+#include "scale.h"
 #include "step.h"
+#endif
 
 namespace fastdp::cuda::test {
 namespace {
@@ -46,17 +51,26 @@ int main(int count, char** arguments) {
   Host host{os_threads};
   if (!os_threads) {
 #if !defined(FASTDP_ONLY_THREADS)
+#if FASTDP_SUITES & 1
+    test_rows(host);
+#endif
+#if FASTDP_SUITES & 2
     test_embedding(host);
     test_linear(host);
     test_noise(host);
-    test_rows(host);
     test_sample(host);
+    test_scale(host);
     test_step(host);
 #endif
+#endif
   } else {
+#if FASTDP_SUITES & 1
+    test_rows_in_threads(host);
+#endif
+#if FASTDP_SUITES & 2
     test_embedding_in_threads(host);
     test_linear_in_threads(host);
-    test_rows_in_threads(host);
+#endif
   }
   std::puts("done");
 }

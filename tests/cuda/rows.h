@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <map>
 
-#include "../../csrc/cuda/rows.h"
+#include "../../csrc/cuda/clip_sum.h"
 #include "../../csrc/ops.h"
 #include "cases.h"
 

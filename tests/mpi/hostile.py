@@ -108,6 +108,33 @@ def what_a_collective_needs_is_kept_as_long_as_it_is_needed(c: fastdp.comm.Commu
         assert kept() is None
 
 
+def versions_tell_what_was_written(c: fastdp.comm.Communicator) -> None:
+    """To autograd: in place or not, at once or by a handle, whoever asks."""
+    x, out = torch.ones(1000), torch.zeros(1000)
+    for ask in ("wait", "test"):
+        for algorithm in ("shared", "ring"):
+            versions = x._version, out._version
+            handle = c.all_reduce(x, algorithm, out=out, async_op=True)
+            while getattr(handle, ask)() is False:
+                pass
+            assert (x._version, out._version) == (versions[0], versions[1] + 1)
+    for call in (
+        lambda: c.all_reduce(x),
+        lambda: c.all_reduce(x, "ring"),
+        lambda: c.reduce_scatter(x),
+        lambda: c.broadcast(x),
+        lambda: c.all_gather(x[:0] if c.rank else x.clone(), out=x),
+    ):
+        version = x._version
+        call()
+        assert x._version == version + 1
+    data, kept = torch.ones(1_000_003), torch.zeros(1_000_003)
+    handle = c.all_reduce(data, "ring", out=kept, async_op=True)
+    del data, kept
+    filled = [torch.full((1_000_003,), 7.0) for _ in range(3)]  # where they were, if they had been let go
+    assert (handle.wait() == c.size).all() and all((x == 7).all() for x in filled)
+
+
 def a_communicator_is_dropped(c: fastdp.comm.Communicator) -> None:
     all_reduce = fastdp.comm.init(timeout=20).all_reduce
     gc.collect()
@@ -198,6 +225,7 @@ for check in (
     more_memory_than_there_is,
     memory_is_replaced_under_way,
     what_a_collective_needs_is_kept_as_long_as_it_is_needed,
+    versions_tell_what_was_written,
     a_communicator_is_dropped,
     arguments_of_other_types,
     tensors_without_memory,

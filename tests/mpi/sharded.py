@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import math
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -179,54 +176,6 @@ def check_arguments(c: comm.Communicator) -> None:
             c.reduce_noise_step(sharded, **good)
 
 
-def check_interruptions() -> None:
-    """Ctrl-C on rank 0 between the collectives that make one of these, which its program survives: its next collective
-    must not meet the rest of theirs."""
-    module = model(torch.float32)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    spans = spans_of(module, optimizer)
-    rows, values = torch.tensor([3]), torch.ones(1, 3)
-    dense = torch.zeros(3, dtype=torch.int64), torch.ones(3, 3)
-
-    def step(c: comm.Communicator, sharded: Any) -> None:
-        c.reduce_noise_step(sharded, noise_std=STD, batch_size=1, key=KEY, step=0)
-
-    cases: tuple[tuple[str, str, int, Callable[[comm.Communicator, Any], object]], ...] = (
-        ("sparse_all_reduce", "meet", 2, lambda c, _: c.sparse_all_reduce(rows, values, 50)),
-        ("sparse_all_reduce", "all_reduce", 2, lambda c, _: c.sparse_all_reduce(*dense, 1)),
-        ("reduce_noise_step", "meet", 1, step),
-        ("reduce_noise_step", "meet", 2, step),
-        ("shard", "segment", 2, lambda c, _: c.shard(optimizer, spans)),
-        ("allgather_object", "all_gather", 2, lambda c, _: c.allgather_object(1)),
-        ("bcast_object", "broadcast", 2, lambda c, _: c.bcast_object(1)),
-        ("empty", "segment", 1, lambda c, _: c.empty(5)),
-    )
-    for name, part, number, call in cases:
-        c = comm.init(timeout=30.0)
-        sharded = c.shard(optimizer, spans)
-        if c.rank == 0:
-            interrupt(c, part, number)
-            with pytest.raises(KeyboardInterrupt):
-                call(c, sharded)
-            with pytest.raises(CommError, match=f"failed before: {name} on rank 0: KeyboardInterrupt"):
-                c.barrier()
-        else:
-            with pytest.raises(CommError, match=f"rank 0 gave up: {name} on rank 0: KeyboardInterrupt"):
-                call(c, sharded)
-
-
-def interrupt(c: comm.Communicator, part: str, number: int) -> None:
-    """The call of that number of one of its methods."""
-    whole, calls = getattr(c, part), itertools.count(1)
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == number:
-            raise KeyboardInterrupt
-        return whole(*args, **kwargs)
-
-    setattr(c, part, interrupted)
-
-
 def check_parameters_that_change_places(c: comm.Communicator) -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
@@ -254,36 +203,15 @@ def check_moved_parameters(c: comm.Communicator) -> None:
             module.share_memory()
 
 
-def check_failure(c: comm.Communicator) -> None:
-    """What is wrong on one rank ends the step on all."""
-    module = model(torch.float32)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, momentum=0.9)
-    sharded = c.shard(optimizer, spans_of(module, optimizer))
-    if c.rank == 0:
-        optimizer.state[module[0].weight]["momentum_buffer"] = torch.zeros(3)
-    try:
-        c.reduce_noise_step(sharded, noise_std=STD, batch_size=1, key=KEY, step=9)
-    except ValueError as error:
-        assert c.rank == 0 and "momentum_buffer of 0.weight" in str(error), error
-    except CommError as error:
-        assert c.rank != 0 and "rank 0 gave up: reduce_noise_step" in str(error), error
-    else:
-        raise AssertionError("no error")
-
-
 def main() -> None:
     c = comm.init(timeout=30.0)
-    if sys.argv[1:] == ["failure"]:
-        check_failure(c)
-        check_interruptions()
-    else:
-        for name in OPTIMIZERS:
-            for dtype in (torch.float32, torch.float64):
-                check(c, name, dtype)
-        check_same_bits(c)
-        check_moved_parameters(c)
-        check_parameters_that_change_places(c)
-        check_arguments(c)
+    for name in OPTIMIZERS:
+        for dtype in (torch.float32, torch.float64):
+            check(c, name, dtype)
+    check_same_bits(c)
+    check_moved_parameters(c)
+    check_parameters_that_change_places(c)
+    check_arguments(c)
     print(f"done: rank {MPI.COMM_WORLD.rank}", flush=True)
 
 

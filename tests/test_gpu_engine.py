@@ -1,0 +1,241 @@
+"""Training on a GPU, without one: on the emulator each step is the CPU's, and on tensors that hold nothing no step asks
+what is in them, as it would by waiting for a GPU, or mixes in any of the CPU's."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loops import MODELS, data, private
+from mpi import launch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from fastdp import ArgumentError, cuda, device, train
+from fastdp.plan import CLIPPINGS
+from fastdp.probe import Probe
+
+
+class Tokens(nn.Module):
+    """An embedding with a padding index, used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(3, 5, padding_idx=1), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = (x > 0).long() + (x > 1).long()
+        return self.out(self.table(ids).mean(1) + self.table(ids[:, :2]).sum(1))
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Conv1d(2, 4, 2, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv1d(4, 4, 3, groups=2, dilation=1)
+        )
+        self.outer = nn.Sequential(nn.Flatten(), nn.LayerNorm(8), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x.view(-1, 2, 3)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **how: Any) -> None:
+        super().__init__()
+        self.inner, self.outer = kind(2, 4, batch_first=True, **how), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(self.inner(x.view(-1, 3, 2))[0][:, -1, :4])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.MultiheadAttention(2, 1, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 2)
+        return self.outer(self.inner(x, x, x, need_weights=False)[0].flatten(1))
+
+
+class Scaled(nn.Module):
+    """A module of the user's own, run again record by record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.out = nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(x * self.scale))
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    **MODELS,
+    "tokens": Tokens,
+    "images": Images,
+    "lstm": lambda: Recurrent(nn.LSTM, bidirectional=True),
+    "gru": lambda: Recurrent(nn.GRU),
+    "rnn": lambda: Recurrent(nn.RNN),
+    "attention": Attention,
+    "scaled": Scaled,
+}
+
+
+LAUNCHES = ("sq_norms", "clip_factors", "sum_rows", "scale_rows", "linear_sq_norms", "embedding_sq_norms")
+LAUNCHES += ("gaussian_noise", "noise_step")
+
+
+def trained(module: nn.Module, optimizer: type[torch.optim.Optimizer], dataset: TensorDataset, **how: Any) -> Any:
+    made = optimizer(module.parameters(), lr=0.1)
+    _, module, made, loader = private(module, made, dataset, noise_multiplier=0.5, **how)
+    for x, y in loader:
+        made.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        made.step()
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_the_cpus(kind: str, clipping: str, request: pytest.FixtureRequest) -> None:
+    module, dataset = KINDS[kind](), data(36)
+    twin = copy.deepcopy(module)
+    optimizer = torch.optim.Adam if clipping == "per_layer" else torch.optim.SGD
+    how = {"clipping": clipping, "max_physical_batch_size": 7 if clipping == "automatic" else None}
+    want = trained(module, optimizer, dataset, **how)
+    request.getfixturevalue("on_emulator")
+    launched = count_launches(request.getfixturevalue("emulated"), request.getfixturevalue("monkeypatch"))
+    got = trained(twin, optimizer, dataset, **how)
+    for p, q in zip(got, want, strict=True):
+        assert (p - q).abs().max() <= 1e-5 * max(1.0, q.abs().max().item())
+    assert launched["noise_step"] == 3 and launched["clip_factors"] >= 3
+
+
+def count_launches(module: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    launched: dict[str, int] = {}
+
+    def counted(name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            launched[name] = launched.get(name, 0) + 1
+            return getattr(module, name)(*args)
+
+        return call
+
+    made = SimpleNamespace(Element=module.Element, Place=module.Place, **{name: counted(name) for name in LAUNCHES})
+    monkeypatch.setattr(cuda, "kernels", lambda: made)
+    return launched
+
+
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"scaled", "attention"}))
+def test_a_step_neither_waits_for_the_gpu_nor_mixes_in_tensors_of_the_cpu(
+    kind: str, clipping: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for steps that are probed, and modules that are run again, whose outputs are compared."""
+    launched: list[str] = []
+    kernels = SimpleNamespace(Element=int, Place=lambda *_: None)
+    for name in LAUNCHES:
+        setattr(kernels, name, lambda *_, name=name: launched.append(name))
+    monkeypatch.setattr(cuda, "kernels", lambda: kernels)
+    monkeypatch.setattr(cuda, "DEVICE", "meta")
+    monkeypatch.setattr(Probe, "watch", lambda self, batch, rows: batch)
+    monkeypatch.setattr(Probe, "check_step", lambda self: None)
+    module = KINDS[kind]().to("meta")
+    how = {"clipping": clipping, "noise_multiplier": 0.5, "max_physical_batch_size": 7}
+    _, module, optimizer, loader = private(module, torch.optim.Adam(module.parameters()), data(), **how)
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(module(x.to("meta")), y.to("meta")).backward()
+        optimizer.step()
+    assert launched.count("noise_step") == 5
+    with pytest.raises(RuntimeError, match="meta"):  # it would be seen
+        optimizer.gradient.flat.sum().item()
+    with pytest.raises(RuntimeError, match="meta"):
+        _ = optimizer.gradient.flat + torch.ones(1)
+
+
+@pytest.mark.usefixtures("on_emulator")
+def test_what_a_gpu_does_not_do_is_refused() -> None:
+    module = nn.Linear(6, 3)
+    with pytest.raises(ArgumentError, match="secure_mode=True: must be False on a GPU"):
+        private(module, torch.optim.SGD(module.parameters(), lr=0.1), data(), secure_mode=True)
+    module = module.double()
+    with pytest.raises(
+        ArgumentError, match="must be all float64, or float32 and bfloat16, on cpu; or these on one GPU"
+    ):
+        private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
+
+
+def test_ranks_sum_by_way_of_the_cpu_or_by_torch_distributed(emulated: ModuleType) -> None:
+    assert launch.run("gpus.py", str(emulated.__file__), ranks=2).count("done: rank") == 2
+
+
+def small_table() -> tuple[TensorDataset, TensorDataset]:
+    training, evaluation = data(200), data(50)
+    training.classes = ["a", "b", "c"]  # type: ignore[attr-defined]
+    return training, evaluation
+
+
+OPTIONS = ["--data", f"{__name__}:small_table", "--batch-size", "20", "--epochs", "1", "--noise-multiplier", "1"]
+OPTIONS += ["--delta", "1e-3", "--seed", "1", "--device", "cuda"]
+
+
+def status(arguments: list[str]) -> int:
+    try:
+        return train.main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def test_the_trainer_on_a_gpu_trains_the_cpus_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    torch.manual_seed(0)
+    assert status([*OPTIONS[:-2], "--output", str(tmp_path / "cpu")]) == 0
+    request.getfixturevalue("on_emulator")
+    asked: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(device, "of_rank", lambda *args: asked.append(args) or torch.device("cpu"))
+    torch.manual_seed(0)
+    assert status([*OPTIONS, "--output", str(tmp_path / "gpu")]) == 0
+    models = [torch.load(tmp_path / where / "model.pt", weights_only=True) for where in ("cpu", "gpu")]
+    for a, b in zip(*(m.values() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert asked == [("cuda", 0, 1)]
+    assert json.loads((tmp_path / "gpu" / "report.json").read_text())["device"] == "cuda"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_trainer_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastdp._cuda", None)
+    arguments = ["--device", "cuda", "--output", str(tmp_path / "run")]
+    assert status(arguments) == 2
+    assert "error: device='cuda': must be cpu: this build has no CUDA kernels" in capsys.readouterr().err
+    monkeypatch.setattr(cuda, "kernels", lambda: None)
+    assert status(arguments) == 2
+    assert re.search(r"error: device='cuda': must be cpu: torch \S+ sees no GPU", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+    assert status(["--all-reduce", "nccl"]) == 2
+    assert "error: all_reduce='nccl': must be another without device cuda" in capsys.readouterr().err
+
+
+def test_each_rank_of_a_host_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "kernels", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device.of_rank("cuda", rank, 2) for rank in range(2)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert device.of_rank("cpu", 5, 9) == torch.device("cpu")
+    with pytest.raises(ArgumentError, match="device='cuda': must be cpu, or 2 ranks on this host, one for each GPU: 3"):
+        device.of_rank("cuda", 2, 3)
