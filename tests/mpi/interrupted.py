@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import re
 from collections.abc import Callable
@@ -135,7 +136,34 @@ def check_handlers() -> None:
             call(c, sharded)
 
 
+def check_ctrl_c_while_memory_is_made() -> None:
+    """Of the result of an all_gather: it stays an interruption, to which programs have their own answer."""
+    c, part = comm.init(timeout=30.0), torch.ones(3)
+
+    def room(elements: int) -> torch.Tensor:
+        if c.rank == 0:
+            raise KeyboardInterrupt
+        return torch.empty(elements)
+
+    with pytest.raises(KeyboardInterrupt if c.rank == 0 else CommError) as caught:
+        c.gather(part, -1, room)
+    assert c.rank == 0 or "rank 0 gave up" in str(caught.value)
+
+
+def check_a_communicator_that_is_dropped() -> None:
+    c = comm.init(timeout=30.0)
+    rank, handle = c.rank, c.all_reduce(torch.ones(5000), async_op=True)
+    if rank == 0:
+        del c, handle
+        gc.collect()
+    else:
+        with pytest.raises(CommError, match="rank 0 gave up: the communicator was dropped with collectives under way"):
+            handle.wait()
+
+
 check_failure(comm.init(timeout=30.0))
+check_ctrl_c_while_memory_is_made()
+check_a_communicator_that_is_dropped()
 check_interruptions()
 check_handlers()
 print(f"done: rank {MPI.COMM_WORLD.rank}", flush=True)

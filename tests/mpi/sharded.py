@@ -137,6 +137,7 @@ def check_arguments(c: comm.Communicator) -> None:
         ("step", 1.5),
         ("noise_std", 10**400),
         ("noise_std", 1e39),
+        ("noise_std", 1e-39),
         ("noise_std", True),
         ("batch_size", 10**400),
         ("batch_size", True),
