@@ -90,9 +90,10 @@ def check_state(inner: Optimizer, p: Tensor, name: str) -> None:
         x = state.get(buffer)
         if sgd and x is None:
             continue
-        if not isinstance(x, Tensor) or x.dtype != p.dtype or x.shape != p.shape or not x.is_contiguous():
-            found = f"{x.dtype}{list(x.shape)}" if isinstance(x, Tensor) else x
-            raise ArgumentError(f"{buffer} of {name}", found, f"contiguous {p.dtype}{list(p.shape)}")
+        like = isinstance(x, Tensor) and (x.dtype, x.shape, x.device) == (p.dtype, p.shape, p.device)
+        if not like or not x.is_contiguous():
+            found = f"{x.dtype}{list(x.shape)} on {x.device}" if isinstance(x, Tensor) else x
+            raise ArgumentError(f"{buffer} of {name}", found, f"contiguous {p.dtype}{list(p.shape)} on {p.device}")
     t = state.get("step")
     if not sgd and not (isinstance(t, Tensor) and t.numel() == 1):
         raise ArgumentError(f"step of {name}", t, "a tensor of one number")

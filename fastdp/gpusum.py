@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import weakref
 from typing import Any, Protocol
 
 import torch
@@ -50,10 +51,13 @@ class GpuCopies:
         self._down, self._up = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def lock(self, host: Tensor) -> None:
-        if host.numel():
-            error = torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)
-            if int(error):
-                raise CommError(f"{host.nbytes} bytes of memory cannot be locked for copies from the GPU: {error}")
+        if host.numel() == 0:
+            return
+        address, runtime = host.data_ptr(), torch.cuda.cudart()
+        error = runtime.cudaHostRegister(address, host.nbytes, 0)
+        if int(error):
+            raise CommError(f"{host.nbytes} bytes of memory cannot be locked for copies from the GPU: {error}")
+        weakref.finalize(host, runtime.cudaHostUnregister, address)  # or other memory could not be locked there
 
     def begin(self) -> None:
         self._down.wait_stream(torch.cuda.current_stream(self._device))

@@ -275,9 +275,9 @@ def test_what_the_kernels_do_not_do_is_left_to_torch(make: Callable[[list[nn.Par
 
 
 BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
-    r"exp_avg of p2='torch.float32\[331\]'": lambda s: s.update(exp_avg=s["exp_avg"].float()),
-    r"exp_avg_sq of p2='torch.float64\[330\]'": lambda s: s.update(exp_avg_sq=s["exp_avg_sq"][1:]),
-    r"exp_avg_sq of p2='torch.float64\[331\]'": lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].repeat(2)[::2]),
+    r"exp_avg of p2='torch.float32\[331\] on cpu'": lambda s: s.update(exp_avg=s["exp_avg"].float()),
+    r"exp_avg_sq of p2='torch.float64\[330\] on cpu'": lambda s: s.update(exp_avg_sq=s["exp_avg_sq"][1:]),
+    r"exp_avg_sq of p2='torch.float64\[331\] on cpu'": lambda s: s.update(exp_avg_sq=s["exp_avg_sq"].repeat(2)[::2]),
     "exp_avg of p2=None": lambda s: s.pop("exp_avg"),
     "step of p2=None": lambda s: s.pop("step"),
     r"step of p2=tensor\(\[1., 1.\]\)": lambda s: s.update(step=torch.ones(2)),
@@ -301,5 +301,5 @@ def test_bad_momentum_is_refused_by_name() -> None:
     rig = Rig(STEPPERS["nesterov"])
     rig.both(1)
     rig.inner.state[rig.params[0]]["momentum_buffer"] = torch.zeros(5, 7)
-    with pytest.raises(ArgumentError, match=r"momentum_buffer of p0='torch.float32\[5, 7\]': must be contiguous"):
+    with pytest.raises(ArgumentError, match=r"momentum_buffer of p0='torch.float32\[5, 7\] on cpu': must be contiguous"):
         rig.fused_step()

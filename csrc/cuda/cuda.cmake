@@ -1,6 +1,7 @@
 # fastdp._cuda: the kernels on GPUs. FASTDP_CUDA=ON builds it, for the architectures of FASTDP_CUDA_ARCHITECTURES; AUTO,
 # the default, only where there are a toolkit and a GPU with its driver, and for that GPU; OFF never. It links neither
-# libtorch nor libcudart's shared library: `import fastdp` works where there is no driver.
+# libtorch nor libcudart's shared library: `import fastdp` works where there is no driver. ptxas (13.0) spills nothing on
+# 7.5, 8.0 and 9.0; on 12.0, 8 bytes in ClipSumHeld of long rows and in SquareNorms of 16-bit numbers.
 set(FASTDP_CUDA "AUTO" CACHE STRING "Build the CUDA kernels: AUTO, ON or OFF")
 set(FASTDP_CUDA_ARCHITECTURES "80-real;90" CACHE STRING "With FASTDP_CUDA=ON; 75 to 120, and PTX of those without -real")
 set_property(CACHE FASTDP_CUDA PROPERTY STRINGS AUTO ON OFF)
