@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdp import native
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from fastdp import _cuda, _kernels
 
 DEVICE = "cuda"  # "cpu" where tests put the emulator in the kernels' place, "meta" where tensors hold nothing
+
+WINDOWS_AT_ONCE = 1 << 26  # numbers, 256 MiB: what convolutions' weights see, of as many records at once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of `Element`, in this order
 
@@ -179,7 +182,7 @@ def add_noise(x: Tensor, std: float, key: Tensor, step: int, offset: int, secure
     require(std == 0 or 1e-30 <= std <= 1e30, "std", std, "0 or in [1e-30, 1e30]")
     native.check_key(key, step)
     require(0 <= offset <= native.MAX_OFFSET - x.numel(), "offset", offset, f"in [0, {native.MAX_OFFSET} - x.numel()]")
-    _refuse_capture()
+    _refuse_capture(x)
     with _on(x) as (module, place):
         module.gaussian_noise(place, _element(module, x), x.data_ptr(), x.numel(), std, key.data_ptr(), step, offset)
 
@@ -196,7 +199,7 @@ def noise_step(
     require(flat.dtype == torch.float32, "flat.dtype", flat.dtype, "torch.float32")
     require(flat.is_contiguous(), "flat.stride()", flat.stride(), "contiguous")
     native.check_key(key, step)
-    _refuse_capture()
+    _refuse_capture(flat)
     with _on(flat) as (module, place):
         module.noise_step(place, h, parameters, flat.data_ptr(), key.data_ptr(), step)
 
@@ -213,7 +216,7 @@ def poisson_sample(n: int, rate: float, key: Tensor, step: int, device: torch.de
     room = min(n, math.ceil(n * rate + 6.0 * math.sqrt(n * rate) + 16.0))
     ids = torch.empty(room, dtype=torch.int64, device=device)
     total = torch.empty(1, dtype=torch.int64, device=device)
-    _refuse_capture()
+    _refuse_capture(total)
     with _on(total) as (module, place):
         module.poisson_sample(place, n, rate, key.data_ptr(), step, ids.data_ptr(), room, total.data_ptr())
     return ids, total
@@ -254,14 +257,18 @@ def convolution_gradients(
     dilation: tuple[int, ...],
     out: Tensor,
 ) -> None:
-    """Records as groups of one convolution, whose weights' gradients are then those of each (Rochette et al. 2019,
-    arXiv:1912.06015). Not in TF32, whose rounding clipping leaves no room for."""
-    outputs, zeros = b.shape[1], (0,) * (a.dim() - 2)
-    weight = out.view(len(a) * outputs, *out.shape[2:])
-    arguments = [None, stride, padding, dilation, False, zeros, len(a) * groups, (False, True, False)]
-    with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True):
-        found = torch.ops.aten.convolution_backward(b.flatten(0, 1)[None], a.flatten(0, 1)[None], weight, *arguments)
-    weight.copy_(found[1])
+    """By matrix products, of what the weights see at each position: of cuDNN's convolutions, TF32 would have to be
+    switched off for the process."""
+    dims, kernel = a.dim() - 2, out.shape[3:]
+    a = F.pad(a, [pad for pad in reversed(padding) for _ in range(2)])
+    for d in range(dims):
+        a = a.unfold(2 + d, dilation[d] * (kernel[d] - 1) + 1, stride[d])[..., :: dilation[d]]
+    windows = a.unflatten(1, (groups, -1))  # [B, groups, C / groups, positions of each dimension, kernel]
+    windows = windows.permute(0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    gradients, sums = b.unflatten(1, (groups, -1)).flatten(3), out.unflatten(1, (groups, -1)).flatten(3)
+    each = max(1, WINDOWS_AT_ONCE * len(a) // max(1, windows.numel()))  # records
+    for x, g, to in zip(windows.split(each), gradients.split(each), sums.split(each), strict=True):
+        torch.matmul(g, x.flatten(2 + dims).flatten(2, 1 + dims), out=to)
 
 
 def lstm_forward(gates: Tensor, before: Tensor, c: Tensor, h: Tensor) -> None:
@@ -284,8 +291,12 @@ def lstm_backward(gates: Tensor, before: Tensor, c: Tensor, dh: Tensor, dc: Tens
     g.copy_(dg * (1 - g.square()))
 
 
-def _refuse_capture() -> None:
-    if DEVICE == "cuda" and torch.cuda.is_current_stream_capturing():
+def _refuse_capture(x: Tensor) -> None:
+    if not x.is_cuda:
+        return
+    with torch.cuda.device(x.device):
+        is_capturing = torch.cuda.is_current_stream_capturing()
+    if is_capturing:
         raise PrivacyError("a CUDA graph would replay one step's noise or batch: leave it out of what is captured")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdp.device import kernels, on_gpu, zeros_in
+from fastdp.device import add_rows, kernels, on_gpu, zeros_in
 from fastdp.precision import wide
 
 # Output gradients are scaled so many numbers at once, 256 KiB of float32, or 256 rows: less memory, and in the cache.
@@ -286,7 +286,7 @@ class Rows(PerSample):
     b: Tensor
 
     def add_sq_norms(self, norms: Norms) -> None:
-        norms.sq.index_add_(0, self.record, kernels(self.b).sq_norms(self.b))
+        add_rows(norms.sq, self.record, kernels(self.b).sq_norms(self.b))
 
     def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
         view = self.rows_of(views)
@@ -294,7 +294,7 @@ class Rows(PerSample):
             view.zero_()
         scaled = scratch.rows(*self.b.shape)
         kernels(self.b).scale_rows(wide(self.b), factors[self.record], scaled, None)
-        view.index_add_(0, self.index, scaled)
+        add_rows(view, self.index, scaled)
 
     def formed(self) -> Tensor:
         b = wide(self.b)
@@ -306,46 +306,26 @@ class Rows(PerSample):
         """A row that a record used several times comes once: what the uses add is summed before the norm."""
         first, size = of[0], len(of[0].p)
         record, index, b = (torch.cat([getattr(u, name) for u in of]) for name in ("record", "index", "b"))
-        keys, which = torch.unique(record * size + index, return_inverse=True)
+        keys = record * size + index
+        if on_gpu(b):
+            keys, b = _added_up(keys, wide(b))
+            return Rows(first.p, first.start, first.count, first.batch, keys // size, keys % size, b)
+        keys, which = torch.unique(keys, return_inverse=True)
         if len(keys) < len(record):
             record, index = keys // size, keys % size
             b = torch.zeros(len(keys), b.shape[1], dtype=wide(b).dtype).index_add_(0, which, wide(b))
         return Rows(first.p, first.start, first.count, first.batch, record, index, b)
 
 
-@dataclasses.dataclass(eq=False)
-class Positions(PerSample):
-    """Of a table of embeddings on a GPU, where to find equal rows by torch.unique would be to wait for it: the rows
-    [B, T] that each record used, and b [B, T, E]."""
-
-    index: Tensor
-    b: Tensor
-
-    def add_sq_norms(self, norms: Norms) -> None:
-        """Uses of one row by a record are added up first."""
-        norms.sq += kernels(self.b).embedding_sq_norms(self.index, self.b, None)
-
-    def add_to(self, views: Views, factors: Tensor, zeros: int, scratch: Scratch, add: bool) -> None:
-        view, (records, positions, width) = self.rows_of(views), self.b.shape
-        if not add:
-            view.zero_()
-        scaled = scratch.rows(records * positions, width)
-        of_each = factors.unsqueeze(1).expand(records, positions).reshape(-1)
-        kernels(self.b).scale_rows(wide(self.b), of_each, scaled, None)
-        # index_add_ would add in any order there.
-        view.index_put_((self.index.flatten(),), scaled, accumulate=True)
-
-    def formed(self) -> Tensor:
-        b = wide(self.b)
-        g = b.new_zeros(len(b), *self.p.shape)
-        record = torch.arange(len(b), device=b.device).unsqueeze(1).expand_as(self.index)
-        return g.index_put_((record, self.index), b, accumulate=True).flatten(1)
-
-    @staticmethod
-    def joined(of: list[Positions]) -> Positions:
-        first = of[0]
-        index, b = (torch.cat([getattr(u, name) for u in of], 1) for name in ("index", "b"))
-        return Positions(first.p, first.start, first.count, index.contiguous(), b.contiguous())
+def _added_up(keys: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of b [P, E] of one key summed, in their order: the different keys, and sums, then zeros up to P. Unlike
+    torch.unique, which tells how many there are, this does not wait for a GPU."""
+    keys, order = torch.sort(keys, stable=True)
+    begins = torch.ones_like(keys)
+    begins[1:] = keys[1:] != keys[:-1]
+    place = begins.cumsum(0) - 1
+    sums = add_rows(torch.zeros_like(b), place, b[order])
+    return torch.zeros_like(keys).scatter_(0, place, keys), sums
 
 
 def of_parameters(parts: Iterable[PerSample]) -> list[PerSample]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from fastdp.device import stream_of
 from fastdp.errors import PrivacyError, refuse_compiled
 from fastdp.persample import Call, Unit
 from fastdp.precision import Autocast
@@ -36,6 +37,7 @@ class Recorder:
         self.uses: list[Use] = []
         self.backward: int | None = None  # autograd's number of the backward that is being recorded
         self.batch = 0  # which of the loader's batches is current; below 0: a replay of one
+        self.streams: set[int] = set()  # of a GPU, that the backward was on
         self.depth = 0  # of calls of the module given to make_private that are going on
         self.paused = False  # a forward that is run again
         self.settle: Callable[[Use], None] = lambda use: None  # what is done with each use of a training step at once
@@ -49,6 +51,7 @@ class Recorder:
         for use in self.uses:
             use.spend()
         self.uses.clear()
+        self.streams.clear()
         self.backward = None
 
     def keep(self, use: Use, b: Any) -> None:
@@ -79,6 +82,7 @@ class Recorder:
             raise PrivacyError(f"{use.layer}: backward() through a forward of an earlier batch")
         use.check_unchanged()
         use.b = b
+        self.streams.update(stream_of(x) for x in (b if isinstance(b, list) else [b]) if x is not None)
         use.versions = [*use.versions, *((x, x._version) for x in (b if isinstance(b, list) else [b]) if x is not None)]
         self.uses.append(use)
         if self.batch >= 0:

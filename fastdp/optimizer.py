@@ -13,7 +13,7 @@ from fastdp import fused, gpusum, sparse
 from fastdp.accounting import Ledger
 from fastdp.clipping import GradientSum
 from fastdp.comm import Communicator
-from fastdp.device import kernels
+from fastdp.device import kernels, stream_of
 from fastdp.errors import ArgumentError, PrivacyError
 from fastdp.layers import Recorder
 from fastdp.plan import Plan
@@ -129,6 +129,8 @@ class PrivateOptimizer(Optimizer):
                     "after it): a step of noise alone, which is accounted for",
                     stacklevel=4,  # the loop: between are torch's wrapper and no_grad's
                 )
+            if self._recorder.streams - {stream_of(self.gradient.flat)}:
+                raise PrivacyError("optimizer.step() on another CUDA stream than backward(): it would not wait for it")
             shown = max(rows, 1)
             scale = shown if self._loss_is_mean else 1.0
             self.gradient.fill(self._recorder.uses, shown, rows, scale, add=self._in_batch)

@@ -150,7 +150,7 @@ def run_on_all_ranks(options: Options) -> int:
     try:
         agree(comm, None)  # ranks whose command line is wrong come here with what is wrong
         together(comm, lambda: check_same(comm, options))
-        place = together(comm, lambda: device.of_rank(options.device, comm.local_rank, comm.local_size))
+        place = together(comm, lambda: device.of_rank(options.device, comm))
         options, table = together(comm, lambda: load_table(options))
         together(comm, lambda: data.check_same(comm, table))
         announce(options, comm, table)

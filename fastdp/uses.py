@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastdp.device import on_gpu
 from fastdp.errors import PrivacyError
 from fastdp.formulas import FORMULAS
-from fastdp.gradients import Block, Formed, PerSample, Positions, Product, Rows, are_small, whole
+from fastdp.gradients import Block, Formed, PerSample, Product, Rows, are_small, whole
 from fastdp.precision import wide, without_autocast
 
 
@@ -149,14 +149,11 @@ class EmbeddingUse(LayerUse):
         if weight not in managed:
             return []
         self.check(rows, dtype, 1)
-        if on_gpu(self.b):
-            ids, b = self.a.reshape(rows, -1).long(), self.b.reshape(rows, -1, self.b.shape[-1])
-            if padding is not None:
-                b = b.masked_fill((ids == padding).unsqueeze(2), 0.0)
-            return [Positions(weight, 0, len(weight), ids, b)]
-        record = torch.arange(rows).repeat_interleave(self.a[:1].numel())
-        index, b = self.a.flatten(), self.b.reshape(record.numel(), -1)
-        if padding is not None:
+        record = torch.arange(rows, device=self.a.device).repeat_interleave(self.a[:1].numel())
+        index, b = self.a.flatten().long(), self.b.reshape(record.numel(), self.b.shape[-1])
+        if padding is not None and on_gpu(b):  # which is not waited for to learn how many are left
+            b = b.masked_fill((index == padding).unsqueeze(1), 0.0)
+        elif padding is not None:
             counts = index != padding
             record, index, b = record[counts], index[counts], b[counts]
         return [Rows(weight, 0, len(weight), rows, record, index, b)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ class Hosts:
     """Two ranks on two hosts, of which this is rank 0; counts what is measured."""
 
     rank, size, hosts, shares_memory, meets_in_memory = 0, 2, 2, False, False
+    whole = staticmethod(contextlib.nullcontext)
 
     def __init__(self) -> None:
         self.measured, self.seconds = 0, 0.001

@@ -301,5 +301,7 @@ def test_bad_momentum_is_refused_by_name() -> None:
     rig = Rig(STEPPERS["nesterov"])
     rig.both(1)
     rig.inner.state[rig.params[0]]["momentum_buffer"] = torch.zeros(5, 7)
-    with pytest.raises(ArgumentError, match=r"momentum_buffer of p0='torch.float32\[5, 7\] on cpu': must be contiguous"):
+    with pytest.raises(
+        ArgumentError, match=r"momentum_buffer of p0='torch.float32\[5, 7\] on cpu': must be contiguous"
+    ):
         rig.fused_step()

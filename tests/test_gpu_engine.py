@@ -20,9 +20,12 @@ from mpi import launch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import fastdp
 from fastdp import ArgumentError, cuda, device, train
+from fastdp.clipping import GradientSum, spans_of
 from fastdp.plan import CLIPPINGS
 from fastdp.probe import Probe
+from fastdp.uses import EmbeddingUse
 
 
 class Tokens(nn.Module):
@@ -204,14 +207,14 @@ def test_the_trainer_on_a_gpu_trains_the_cpus_model(
     torch.manual_seed(0)
     assert status([*OPTIONS[:-2], "--output", str(tmp_path / "cpu")]) == 0
     request.getfixturevalue("on_emulator")
-    asked: list[tuple[str, int, int]] = []
-    monkeypatch.setattr(device, "of_rank", lambda *args: asked.append(args) or torch.device("cpu"))
+    asked: list[str] = []
+    monkeypatch.setattr(device, "of_rank", lambda name, comm: asked.append(name) or torch.device("cpu"))
     torch.manual_seed(0)
     assert status([*OPTIONS, "--output", str(tmp_path / "gpu")]) == 0
     models = [torch.load(tmp_path / where / "model.pt", weights_only=True) for where in ("cpu", "gpu")]
     for a, b in zip(*(m.values() for m in models), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert asked == [("cuda", 0, 1)]
+    assert asked == ["cuda"]
     assert json.loads((tmp_path / "gpu" / "report.json").read_text())["device"] == "cuda"
 
 
@@ -231,11 +234,118 @@ def test_without_a_gpu_the_trainer_says_what_is_missing(
     assert "error: all_reduce='nccl': must be another without device cuda" in capsys.readouterr().err
 
 
-def test_each_rank_of_a_host_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("gpus", "uuids", "numbers"),
+    [(2, "ab", [0, 1]), (1, "ab", [0, 0]), (1, "aa", None), (3, "abc", [0, 1])],
+)
+def test_each_rank_of_a_host_has_a_gpu_of_its_own(
+    gpus: int, uuids: str, numbers: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks that see so many; as launchers do, perhaps each its own one only."""
     monkeypatch.setattr(cuda, "kernels", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [device.of_rank("cuda", rank, 2) for rank in range(2)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
-    assert device.of_rank("cpu", 5, 9) == torch.device("cpu")
-    with pytest.raises(ArgumentError, match="device='cuda': must be cpu, or 2 ranks on this host, one for each GPU: 3"):
-        device.of_rank("cuda", 2, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    made: list[torch.device | str] = []
+    for rank in range(2):
+        mine = lambda number, rank=rank: SimpleNamespace(uuid=uuids[number if gpus > 1 else rank])  # noqa: E731
+        chosen: list[int] = []
+        monkeypatch.setattr(torch.cuda, "get_device_properties", mine)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        host = SimpleNamespace(rank=rank, local_rank=rank, host=[0, 0], allgather_object=lambda _: list(uuids[:2]))
+        try:
+            made.append(device.of_rank("cuda", host))
+            assert chosen == [made[-1].index]
+        except ArgumentError as error:
+            made.append(str(error))
+    if numbers is None:
+        assert made == ["device='cuda': must be cpu, or one GPU for each rank: ranks [0, 1] have the same"] * 2
+    else:
+        assert made == [torch.device("cuda", number) for number in numbers]
+
+
+class Tied(nn.Module):
+    """An embedding's table is also a linear layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(3, 4), nn.Linear(4, 3)
+        self.out.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.table((x > 0).int()).sum(1))
+
+
+HARD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "tied": (Tied, {}),
+    "unfused": (MODELS["mlp"], {"optimizer": torch.optim.RMSprop}),
+    "bfloat16": (lambda: MODELS["mlp"]().bfloat16(), {"dtype": torch.bfloat16}),
+    "one record": (Tokens, {"batch_size": 1}),
+    "norms": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (2, 3)), nn.GroupNorm(1, 2, eps=0.7), nn.RMSNorm(3, eps=0.5), nn.LayerNorm(3, eps=0.6),
+            nn.Flatten(), nn.Linear(6, 3),
+        ),
+        {},
+    ),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, (2, 1), stride=(1, 2), padding=1), nn.Tanh(),
+            nn.Conv2d(4, 6, 2, groups=2, dilation=(2, 1), padding=1, padding_mode="circular"), nn.Flatten(1),
+            nn.Unflatten(1, (6, -1, 1, 1)), nn.Conv3d(6, 3, (3, 1, 1), stride=2), nn.Flatten(2),
+            nn.AdaptiveAvgPool1d(1), nn.Flatten(),
+        ),
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("clipping", ["flat", "per_layer"])
+def test_hostile_records_and_other_modules_are_the_cpus(
+    name: str, clipping: str, request: pytest.FixtureRequest
+) -> None:
+    make, how = HARD[name]
+    module, dtype, how = make(), how.get("dtype", torch.float32), dict(how)
+    dataset = data(36, dtype=how.pop("dtype", torch.float32))
+    if name not in ("tied", "one record"):
+        dataset.tensors[0][5], dataset.tensors[0][11, 2] = torch.nan, torch.inf
+        dataset.tensors[0][20] *= 1e18
+    twin, optimizer = copy.deepcopy(module), how.pop("optimizer", torch.optim.SGD)
+    want = trained(module, optimizer, dataset, clipping=clipping, **how)
+    request.getfixturevalue("on_emulator")
+    got = trained(twin, optimizer, dataset, clipping=clipping, **how)
+    for p, q in zip(got, want, strict=True):
+        assert q.isfinite().all() and p.dtype == dtype
+        limit = 1e-5 if dtype == torch.float32 else 2**-7
+        assert (p - q).abs().max() <= limit * max(1.0, q.abs().max().item())
+
+
+@pytest.mark.usefixtures("on_emulator")
+@pytest.mark.parametrize("b", [(1e30, -1e30, 0.0), (3e37, -1.5e37, -1.5e37), (1e15, -1e15 * (1 - 2.0**-20), 0.0)])
+@pytest.mark.parametrize("scale", [1.0, 12.0])
+def test_uses_of_a_row_that_cancel_are_added_up_before_they_are_scaled(b: tuple[float, ...], scale: float) -> None:
+    """Else the factor of what is left would be that of terms which are far larger, and destroy others' sums."""
+    table = nn.Embedding(4, 1)
+    span = spans_of(table, torch.optim.SGD(table.parameters(), lr=0.1))
+    ids = torch.tensor([[0, 1, 2]] * 100 + [[0, 0, 0]])
+    gradients = torch.cat([torch.tensor([[1.0, 0.0, 0.0]]).expand(100, 3), torch.tensor([b])])[..., None]
+
+    def total(records: slice) -> Tensor:
+        sums = GradientSum(span, 1.0)
+        use = EmbeddingUse("table", 0, [], table, ids[records])
+        use.b = gradients[records].contiguous()
+        sums.fill([use], len(use.a), len(use.a), scale, False)
+        return sums.flat[:4].clone()
+
+    moved = (total(slice(0, 101)) - total(slice(0, 100))).norm()
+    assert moved <= 1.0 + 1e-5 * 100  # beside the rounding of the others' sum
+
+
+def test_a_step_on_another_stream_than_its_backward_is_refused(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, module, optimizer, loader = loop
+    monkeypatch.setattr("fastdp.layers.stream_of", lambda _: 7)
+    monkeypatch.setattr("fastdp.optimizer.stream_of", lambda _: 8)
+    x, y = next(iter(loader))
+    F.cross_entropy(module(x), y).backward()
+    with pytest.raises(fastdp.PrivacyError, match="on another CUDA stream than backward"):
+        optimizer.step()
