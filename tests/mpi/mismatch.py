@@ -59,7 +59,7 @@ def main() -> None:
             begin = time.perf_counter()
             with pytest.raises(CommError, match=r"failed before: .*rank 1 called"):
                 again(c)
-            assert time.perf_counter() - begin < 0.1, number
+            assert time.perf_counter() - begin < 3, number
 
     # Different parts are no mismatch, but an out that fits on no rank is: told once for all.
     with pytest.raises(CommError, match=r"parts have 6 elements.*ranks 0, 1, 2 called all_gather\(count=2, .*out=5"):
