@@ -55,6 +55,7 @@ class Communicator {
   void join(std::unique_ptr<Hosts> hosts) {
     hosts_ = std::move(hosts);
     algorithms_->join(*hosts_);
+    policy_.spin = hosts_->single();
   }
 
   // What the caller wants kept until a collective has ended, or for good where MPI may still write after a failure.
