@@ -151,21 +151,11 @@ def linear_sq_norms(a: Tensor, b: Tensor, bias: bool) -> Tensor:
 
 
 def embedding_sq_norms(index: Tensor, b: Tensor, padding_index: int | None) -> Tensor:
-    """Squared norms of per-sample gradients of an embedding's table -> float64 [B].
-
-    index: int64 [B, T], the rows used; b [B, T, E]: the gradients of what came of them. Uses of one row are added up
-    before the norm; those of padding_index count nothing.
-    """
+    """float64 [B]: `ops.embedding_sq_norms`."""
     sequences = _sequences("b", b)
     require(b.dim() == 3, "b.shape", list(b.shape), "[B, T, E]")
-    if (
-        index.dtype != torch.int64
-        or index.shape != b.shape[:2]
-        or not index.is_contiguous()
-        or index.device != b.device
-    ):
-        found = f"{index.dtype}{list(index.shape)} on {index.device}"
-        raise ArgumentError("index", found, f"contiguous torch.int64{list(b.shape[:2])} on {b.device}")
+    native.check_indices(index, b)
+    require(index.is_contiguous(), "index.stride()", index.stride(), "contiguous")
     out = torch.zeros(b.shape[0], dtype=torch.float64, device=b.device)
     padding = -1 if padding_index is None else padding_index
     with _on(b) as (module, place):

@@ -80,6 +80,19 @@ def add_linear_sq_norms(layers: list[tuple[Tensor, Tensor, bool]], out: Tensor, 
     )
 
 
+def embedding_sq_norms(index: Tensor, b: Tensor, padding_index: int | None) -> Tensor:
+    """float64 [B]: `ops.embedding_sq_norms`, by torch's own functions, in float64."""
+    check_rows("b", b, (3,))
+    check_indices(index, b)
+    ids, which = torch.unique(index, return_inverse=True)
+    keys = torch.arange(len(b))[:, None] * len(ids) + which
+    used = torch.ones_like(index, dtype=torch.bool) if padding_index is None else index != padding_index
+    keys, which = torch.unique(keys[used], return_inverse=True)
+    sums = torch.zeros(len(keys), b.shape[2], dtype=torch.float64).index_add_(0, which, b[used].double())
+    out = torch.zeros(len(b), dtype=torch.float64)
+    return out.index_add_(0, keys // max(1, len(ids)), sums.square().sum(1))
+
+
 def _operand(x: Tensor) -> tuple[int, int, int, int]:
     """Address, row length, and how far records and positions are apart."""
     return x.data_ptr(), x.shape[-1], x.stride(0), x.stride(-2)
@@ -311,6 +324,12 @@ def check_rows(name: str, x: Tensor, dims: tuple[int, ...] = (2,)) -> None:
         raise ArgumentError(f"{name}.shape", list(x.shape), f"of {' or '.join(map(str, dims))} dimensions")
     if x.dtype not in DTYPES:
         raise ArgumentError(f"{name}.dtype", x.dtype, "float32, bfloat16 or float64")
+
+
+def check_indices(index: Tensor, b: Tensor) -> None:
+    if index.dtype != torch.int64 or index.shape != b.shape[:2] or index.device != b.device:
+        found = f"{index.dtype}{list(index.shape)} on {index.device}"
+        raise ArgumentError("index", found, f"torch.int64{list(b.shape[:2])} on {b.device}")
 
 
 def check_packed(name: str, x: Tensor) -> None:

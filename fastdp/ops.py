@@ -25,6 +25,7 @@ from fastdp.errors import ArgumentError, PrivacyError, require
 __all__ = [
     "clip_noise",
     "clip_sum",
+    "embedding_sq_norms",
     "gaussian_noise_",
     "linear_sq_norms",
     "poisson_sample",
@@ -87,6 +88,16 @@ def linear_sq_norms(a: Tensor, b: Tensor, bias: bool = True) -> Tensor:
     al. 2022 (arXiv:2110.05679) for sequences, in O(T^2 (I + O)) per record.
     """
     out: Tensor = torch.ops.fastdp.linear_sq_norms(a.detach(), b.detach(), bias)
+    return out
+
+
+def embedding_sq_norms(index: Tensor, b: Tensor, padding_index: int | None = None) -> Tensor:
+    """Squared norms of an embedding's per-sample gradients, whose tables are not formed -> float64 [B].
+
+    index: int64 [B, T], >= 0: the rows that each record used; b [B, T, E]: the gradients of what came of them.
+    Equation: sum_r ||sum_{t: index_t = r} b_t||^2 over rows r other than `padding_index`.
+    """
+    out: Tensor = torch.ops.fastdp.embedding_sq_norms(index, b.detach(), padding_index)
     return out
 
 
@@ -245,6 +256,12 @@ _register(
     _linear_sq_norms,
     cuda.linear_sq_norms,
     lambda a, b, bias: a.new_empty(a.shape[0], dtype=torch.float64),
+)
+_register(
+    "embedding_sq_norms(Tensor index, Tensor b, SymInt? padding_index) -> Tensor",
+    native.embedding_sq_norms,
+    cuda.embedding_sq_norms,
+    lambda index, b, padding_index: b.new_empty(b.shape[0], dtype=torch.float64),
 )
 _register(
     "gaussian_noise_(Tensor(a!) x, float std, Tensor key, Tensor step, SymInt offset) -> ()",

@@ -41,6 +41,15 @@ def linear_sq_norms(a: Tensor, b: Tensor, bias: bool = True) -> Tensor:
     return out
 
 
+def embedding_sq_norms(index: Tensor, b: Tensor, padding_index: int | None = None) -> Tensor:
+    """[B, T], [B, T, E] -> [B]: by forming the rows of each record's gradient."""
+    out = torch.zeros(len(b), dtype=torch.float64)
+    for i, (ids, gradients) in enumerate(zip(index.tolist(), b.double(), strict=True)):
+        for row in set(ids) - {padding_index}:
+            out[i] += gradients[[t for t, used in enumerate(ids) if used == row]].sum(0).square().sum()
+    return out
+
+
 def per_sample_gradients(
     module: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
 ) -> list[list[Tensor]]:

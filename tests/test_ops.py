@@ -51,6 +51,16 @@ def test_linear_norms(shape: tuple[int, int, int], bias: bool, dtype: torch.dtyp
     assert ops.linear_sq_norms(torch.ones(2, 0, 3), torch.ones(2, 0, 4)).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("shape", [(0, 3, 4), (5, 9, 4), (3, 0, 4), (30, 40, 50), (1, 1, 1)])
+def test_embedding_norms(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    index, b = torch.randint(0, 12, shape[:2]), torch.randn(shape).to(dtype)
+    index *= 2**59  # ids may be as great as they come
+    for padding in (None, 2**59, -1):
+        got = ops.embedding_sq_norms(index, b, padding)
+        torch.testing.assert_close(got, reference.embedding_sq_norms(index, b, padding), rtol=1e-12, atol=0)
+
+
 def test_strided_rows_are_read_in_place_and_others_refused() -> None:
     wide = torch.randn(6, 20)
     assert torch.equal(ops.clip_sum(wide[:, :7], 1.0), ops.clip_sum(wide[:, :7].contiguous(), 1.0))
@@ -83,6 +93,9 @@ def test_strided_rows_are_read_in_place_and_others_refused() -> None:
         (lambda g, k: ops.poisson_sample(10, 1.5, key=k, step=0), "rate=1.5"),
         (lambda g, k: ops.poisson_sample(-1, 0.5, key=k, step=0), "n=-1"),
         (lambda g, k: ops.linear_sq_norms(g, g[:2]), "b="),
+        (lambda g, k: ops.embedding_sq_norms(g.long(), g), "b.shape=[3, 4]"),
+        (lambda g, k: ops.embedding_sq_norms(g, g[:, :, None]), "index='torch.float32[3, 4] on cpu'"),
+        (lambda g, k: ops.embedding_sq_norms(g.long()[:, 1:], g[:, :, None]), "index='torch.int64[3, 3] on cpu'"),
     ],
 )
 def test_bad_arguments_are_named(call, message: str, key: torch.Tensor) -> None:
@@ -262,6 +275,7 @@ def test_operators_pass_opcheck(key: torch.Tensor) -> None:
         (fast.clip_sum.out, (g, 1.0), {"out": torch.empty(9)}),
         (fast.clip_noise.default, (g, 1.0, 1.0, key, step), {}),
         (fast.linear_sq_norms.default, (a, b, True), {}),
+        (fast.embedding_sq_norms.default, (torch.randint(3, (5, 4)), b, None), {}),
         (fast.gaussian_noise_.default, (g, 1.0, key, step, 0), {}),
         (fast.poisson_sample.default, (1000, 0.1, key, step), {}),
     ):
@@ -309,5 +323,12 @@ def test_linear_norms_of_doubles_whose_squares_vanish() -> None:
 
 def test_results_do_not_require_gradients() -> None:
     g = torch.randn(4, 6, requires_grad=True)
-    for found in (ops.sq_norms(g), ops.clip_sum(g, 1.0), ops.clip_noise(g, 1.0, 1.0), ops.linear_sq_norms(g, g)):
+    of_rows = ops.embedding_sq_norms(torch.zeros(4, 1, dtype=torch.int64), g[:, None])
+    for found in (
+        ops.sq_norms(g),
+        ops.clip_sum(g, 1.0),
+        ops.clip_noise(g, 1.0, 1.0),
+        ops.linear_sq_norms(g, g),
+        of_rows,
+    ):
         assert not found.requires_grad
