@@ -100,9 +100,15 @@ def test_a_rank_that_dies_or_stops_in_the_middle(signal: str, collective: str, t
     killed = signal == "SIGKILL"
     if killed and collective == "all_reduce mpi messages":
         pytest.skip("MPI_Iallreduce of MPICH may end the survivors")
-    result = launch.start("stall.py", str(tmp_path), signal, collective, ranks=3, timeout=60, cleanup=not killed)
+    try:
+        result = launch.start("stall.py", str(tmp_path), signal, collective, ranks=3, timeout=60, cleanup=not killed)
+    except subprocess.TimeoutExpired as hang:
+        # Open MPI's with --enable-recovery waits for itself, 1 time in 20, when the survivors have ended.
+        if not (killed and launch.is_open_mpi()):
+            raise
+        result = subprocess.CompletedProcess(hang.cmd, -1, str(hang.output))
     assert files_in(tmp_path, 2) == {"rank 0", "rank 2"}, result.stdout
-    if not (killed and launch.is_open_mpi()):  # its mpirun with --enable-recovery returns 0, 1 time in 20
+    if not (killed and launch.is_open_mpi()):  # or returns 0, as often
         assert result.returncode != 0
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -69,7 +70,8 @@ class Run:
         victims = [process.pid, *pids] if everybody or not pids else pids[:1]
         for pid in victims:
             if process.poll() is None:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # the first one's death may have been the others'
+                    os.kill(pid, signal.SIGKILL)
         status = process.wait(timeout=90)  # a hang ends the test
         for pid in pids:  # those whose launcher was killed
             wait_for(pid)
