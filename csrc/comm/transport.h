@@ -13,9 +13,10 @@ namespace fastdp::comm {
 
 // A collective could not be completed; the text is for the user. Becomes fastdp.errors.CommError in Python.
 struct Failure : std::runtime_error {
-  // Whether all ranks learn of it in the same way, or some are gone or late: then MPI_Finalize may wait for them.
-  enum class Peers { present, missing };
-  explicit Failure(const std::string& text, Peers peers = Peers::present) : std::runtime_error(text), peers(peers) {}
+  // The others know nothing of it; or fail in the same way by themselves, and may need what this rank has sent for
+  // that; or some are gone or late, and MPI_Finalize may wait for them.
+  enum class Peers { unaware, alike, missing };
+  explicit Failure(const std::string& text, Peers peers = Peers::unaware) : std::runtime_error(text), peers(peers) {}
   Peers peers;
 };
 

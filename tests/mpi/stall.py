@@ -54,12 +54,12 @@ def late(shared_memory: bool) -> None:
     c = comm.init(timeout=TIMEOUT, shared_memory=shared_memory, algorithm="auto" if shared_memory else "ring")
     if rank == 2:
         time.sleep(3 * TIMEOUT)
-        with pytest.raises(CommError, match=r"all_reduce.* on rank 2 of 3: rank \d (gave up: .*rank 2|sent nothing)"):
+        with pytest.raises(CommError, match=r"all_reduce.* on rank 2 of \d: rank \d (gave up: .*rank 2|sent nothing)"):
             c.all_reduce(torch.ones(10))
     else:
         seconds = expect_failure(c, lambda: c.all_reduce(torch.ones(10)), r"all_reduce\(.*: rank 2 did not call it")
         assert seconds > 0.9 * TIMEOUT
-    assert comm.init(timeout=30).all_reduce(torch.ones(1)).item() == 3
+    assert comm.init(timeout=30).all_reduce(torch.ones(1)).item() == MPI.COMM_WORLD.size
 
 
 def interrupted() -> None:
