@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import math
 import random
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastdp.plan import Plan
 from fastdp.stacked import Records
 
 LOOKED_AT = 64  # records
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of functions, in the repr of what has one
 TOLERANCE = 1e-4  # of a record's floating-point numbers, which ranks may have computed themselves, with other roundings
 
 
@@ -47,6 +49,8 @@ def check(
     for i, group in enumerate(optimizer.param_groups):
         mine |= {f"param_groups[{i}][{k!r}]": _setting(v) for k, v in group.items() if k != "params"}
         mine[f"param_groups[{i}]['params']"] = [names.get(p, "") for p in group["params"]]
+    for name, m in module.named_modules():
+        mine[f"module '{name}'" if name else "module"] = f"{type(m).__qualname__}({ADDRESS.sub('', m.extra_repr())})"
     state = [*module.named_parameters(), *module.named_buffers()]
     mine["module: order of parameters"] = [name for name, _ in state]
     for name, x in state:

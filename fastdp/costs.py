@@ -67,7 +67,7 @@ class Chooser:
         costs = self._of(self._candidates() + ["ring", "tree"] * comm.meets_in_memory)
         times = ", ".join(f"{name} {costs.predict(name, nbytes) * 1e6:.3g} us" for name in costs.seconds)
         reason = "in memory that its ranks share" if chosen == "shared" else "the least of these"
-        return f"{where}: {chosen}, {reason} ({times})"
+        return f"{where}: {chosen}, {reason} (ordinary tensors: {times})"
 
     def _candidates(self) -> list[str]:
         """What "auto" chooses among. Not "mpi": the order of its sum is not ours to promise."""

@@ -1,4 +1,4 @@
-"""The kernels on CUDA tensors: every argument is checked here, as native.py does for the CPU, then passed on by
+"""The kernels on CUDA tensors: every argument of one is checked here, as native.py does for the CPU, then passed on by
 address, on the current stream of the tensor's device. Nothing here waits for the GPU.
 
 Compiled for GPUs, and run by an emulator of one on the CPU (tests/cuda): no GPU has run them yet. Where torch's own
@@ -118,6 +118,7 @@ def scale_rows(x: Tensor, factors: Tensor, out: Tensor, sums: Tensor | None) -> 
     rows = sequences[1] * sequences[2]
     if factors.dtype != torch.float64 or factors.shape != (rows,) or not factors.is_contiguous():
         raise ArgumentError("factors", f"{factors.dtype}{list(factors.shape)}", f"contiguous float64[{rows}]")
+    require(factors.device == x.device, "factors.device", str(factors.device), str(x.device))
     if out.dtype != x.dtype or out.shape != (rows, x.shape[-1]) or not out.is_contiguous() or out.device != x.device:
         raise ArgumentError("out", f"{out.dtype}{list(out.shape)}", f"contiguous {x.dtype}[{rows}, {x.shape[-1]}]")
     with _on(x) as (module, place):
@@ -136,6 +137,8 @@ def add_linear_sq_norms(layers: list[tuple[Tensor, Tensor, bool]], out: Tensor, 
         for name, to, shape in (("out", out, [len(a)]), ("bounds", bounds, [len(a), 3])):
             if to is not None and (to.dtype != torch.float64 or list(to.shape) != shape or not to.is_contiguous()):
                 raise ArgumentError(name, f"{to.dtype}{list(to.shape)}", f"contiguous torch.float64{shape}")
+            if to is not None:
+                require(to.device == a.device, f"{name}.device", str(to.device), str(a.device))
         if a.dim() == 3 and a.shape[1] == 0:
             continue
         with _on(a) as (module, place):
@@ -157,7 +160,7 @@ def embedding_sq_norms(index: Tensor, b: Tensor, padding_index: int | None) -> T
     native.check_indices(index, b)
     require(index.is_contiguous(), "index.stride()", index.stride(), "contiguous")
     out = torch.zeros(b.shape[0], dtype=torch.float64, device=b.device)
-    padding = -1 if padding_index is None else padding_index
+    padding = -(2**63) if padding_index is None else padding_index
     with _on(b) as (module, place):
         module.embedding_sq_norms(place, _element(module, b), index.data_ptr(), sequences, padding, out.data_ptr())
     return out
@@ -249,6 +252,7 @@ def convolution_gradients(
 ) -> None:
     """By matrix products, of what the weights see at each position: of cuDNN's convolutions, TF32 would have to be
     switched off for the process."""
+    native.convolution_positions(a, b, groups, stride, padding, dilation, out)
     dims, kernel = a.dim() - 2, out.shape[3:]
     a = F.pad(a, [pad for pad in reversed(padding) for _ in range(2)])
     for d in range(dims):

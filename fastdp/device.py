@@ -40,6 +40,17 @@ def stream_of(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
+def done_so_far(x: Tensor) -> torch.cuda.Event | None:
+    """All that has been asked of x's GPU, on the current stream, for `follow`."""
+    return torch.cuda.current_stream(x.device).record_event() if x.is_cuda else None
+
+
+def follow(done: torch.cuda.Event | None, x: Tensor) -> None:
+    """What is asked of x's GPU from now on comes after it, whatever the stream."""
+    if done is not None:
+        torch.cuda.current_stream(x.device).wait_event(done)
+
+
 def random_states() -> list[Tensor]:
     """Of torch's generators, the CPU's and those of GPUs that are in use."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]

@@ -258,6 +258,7 @@ class PrivacyEngine:
             )
         # mpi4py's own, say.
         require(comm is None or hasattr(comm, "agree"), "comm", comm, "None or what fastdp.comm.init() returns")
+        watch.check_new(module)
         if on_gpu(spans[0].param):
             cuda.kernels()  # or an error now
             require(not plan.secure_mode, "secure_mode", True, "False on a GPU: the hardened noise is the CPU's only")
@@ -266,16 +267,17 @@ class PrivacyEngine:
         self._dimension = plan.normals(sum(s.numel for s in spans))
         rank, size = (0, 1) if comm is None else (comm.rank, comm.size)
         key = self._shared_key(plan, module, optimizer, data_loader, loss_reduction, comm)
+        gradient, shared, gpu_sum = _sums(plan, spans, optimizer, comm)
+        loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size), piece)
         self._open_ledger(plan, target, comm)
-        recorder = layers.Recorder()
         try:
-            watch.attach(module, recorder)
-        except ArgumentError:
+            spent = self.ledger.steps
+            loader.skip(*(divmod(spent, len(loader)) if plan.poisson_sampling else (spent, 0)))
+        except BaseException:
             self.close()
             raise
-        loader = PrivateLoader(data_loader, BatchSampler(plan, records, key, rank, size), piece)
-        spent = self.ledger.steps
-        loader.skip(*(divmod(spent, len(loader)) if plan.poisson_sampling else (spent, 0)))
+        recorder = layers.Recorder()  # from here on, nothing fails: the module is this engine's
+        watch.attach(module, recorder)
         share, rest = divmod(plan.batch_size, size)
         sizes = frozenset((plan.batch_size, share, share + (rest > 0)))
         probe = Probe(module, recorder, loss_reduction == "mean", sizes)
@@ -285,15 +287,6 @@ class PrivacyEngine:
             return probe.watch(batch, rows)
 
         loader.on_batch = on_batch
-        shared, flat, on_gpus = None, None, on_gpu(spans[0].param)
-        if comm is not None and size > 1 and not on_gpus:
-            if not plan.secure_mode and sharded.is_possible(comm, optimizer, spans):
-                shared = comm.shard(optimizer, spans)
-                flat = shared.flat
-            else:
-                flat = comm.empty(flat_numel(spans), native.sum_dtype(spans[0].dtype))
-        gradient = GradientSum(spans, plan.max_grad_norm, plan.layer_bounds, plan.gamma, flat)
-        gpu_sum = gpusum.of(comm, gradient.flat) if comm is not None and size > 1 and on_gpus else None
         recorder.settle = lambda use: use.settle(gradient.views, max(loader.rows, 1), gradient.dtype)
         private = PrivateOptimizer(
             optimizer,
@@ -358,6 +351,22 @@ class PrivacyEngine:
                     comm.broadcast(copy.view(torch.uint8) if copy.dim() else copy.view(1).view(torch.uint8), 0)
                     x.data.copy_(copy)
         return SecretKey(secret)
+
+
+def _sums(
+    plan: Plan, spans: list[Span], optimizer: Optimizer, comm: Communicator | None
+) -> tuple[GradientSum, sharded.Sharded | None, gpusum.Staged | gpusum.Nccl | None]:
+    """Where the clipped sum is formed, and how ranks add theirs up. All of them call it."""
+    shared, flat, on_gpus = None, None, on_gpu(spans[0].param)
+    several = comm is not None and comm.size > 1
+    if comm is not None and several and not on_gpus:
+        if not plan.secure_mode and sharded.is_possible(comm, optimizer, spans):
+            shared = comm.shard(optimizer, spans)
+            flat = shared.flat
+        else:
+            flat = comm.empty(flat_numel(spans), native.sum_dtype(spans[0].dtype))
+    gradient = GradientSum(spans, plan.max_grad_norm, plan.layer_bounds, plan.gamma, flat)
+    return gradient, shared, gpusum.of(comm, gradient.flat) if comm is not None and several and on_gpus else None
 
 
 def _bounds(max_grad_norm: float | Mapping[str, float], clipping: Clipping, spans: list[Span]) -> dict[str, Any]:

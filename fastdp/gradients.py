@@ -308,7 +308,7 @@ class Rows(PerSample):
         record, index, b = (torch.cat([getattr(u, name) for u in of]) for name in ("record", "index", "b"))
         keys = record * size + index
         if on_gpu(b):
-            keys, b = _added_up(keys, wide(b))
+            keys, b = _added_up(keys, wide(b), first.batch * size)
             return Rows(first.p, first.start, first.count, first.batch, keys // size, keys % size, b)
         keys, which = torch.unique(keys, return_inverse=True)
         if len(keys) < len(record):
@@ -317,15 +317,17 @@ class Rows(PerSample):
         return Rows(first.p, first.start, first.count, first.batch, record, index, b)
 
 
-def _added_up(keys: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of b [P, E] of one key summed, in their order: the different keys, and sums, then zeros up to P. Unlike
-    torch.unique, which tells how many there are, this does not wait for a GPU."""
+def _added_up(keys: Tensor, b: Tensor, room: int) -> tuple[Tensor, Tensor]:
+    """Rows of b [P, E] of one key in 0..room-1 summed, in their order: the different keys, and sums, then zeros up to
+    P. Unlike torch.unique, which tells how many there are, this does not wait for a GPU."""
     keys, order = torch.sort(keys, stable=True)
     begins = torch.ones_like(keys)
     begins[1:] = keys[1:] != keys[:-1]
     place = begins.cumsum(0) - 1
     sums = add_rows(torch.zeros_like(b), place, b[order])
-    return torch.zeros_like(keys).scatter_(0, place, keys), sums
+    # The zeros' keys are spread: rows of one key are added up by one warp, one after the other.
+    spread = torch.arange(len(keys), device=keys.device) % max(1, room)
+    return spread.scatter_(0, place, keys), sums
 
 
 def of_parameters(parts: Iterable[PerSample]) -> list[PerSample]:

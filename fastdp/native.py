@@ -83,6 +83,7 @@ def add_linear_sq_norms(layers: list[tuple[Tensor, Tensor, bool]], out: Tensor, 
 def embedding_sq_norms(index: Tensor, b: Tensor, padding_index: int | None) -> Tensor:
     """float64 [B]: `ops.embedding_sq_norms`, by torch's own functions, in float64."""
     check_rows("b", b, (3,))
+    check_packed("b", b)
     check_indices(index, b)
     ids, which = torch.unique(index, return_inverse=True)
     keys = torch.arange(len(b))[:, None] * len(ids) + which
@@ -133,8 +134,33 @@ def convolution_gradients(
     """out [B, O, C / groups, *kernel] = per-sample gradients of a convolution's weight, of its input a [B, C, ...] and
     the gradient b [B, O, ...] of its output; stride, padding and dilation in each of the 1 to 3 dimensions."""
     check_rows("a", a, (3, 4, 5))
-    dims = a.dim() - 2
     require(a.dtype != torch.bfloat16, "a.dtype", a.dtype, "float32 or float64")
+    positions = convolution_positions(a, b, groups, stride, padding, dilation, out)
+    for name, x in (("a", a), ("b", b)):
+        require(x.is_contiguous(), f"{name}.stride()", x.stride(), "contiguous")
+    dims, outputs, channels, kernel = a.dim() - 2, out.shape[1], out.shape[2], out.shape[3:]
+
+    def three(of: Iterable[int], filled: int) -> tuple[int, ...]:
+        return (filled,) * (3 - dims) + tuple(of)
+
+    ones = [three(of, 1) for of in (a.shape[2:], kernel, positions, stride)]
+    sizes = [*ones, three(padding, 0), three(dilation, 1)]
+    of = len(a), groups, channels, outputs // groups
+    threads = torch.get_num_threads()
+    _kernels.convolution_gradients(a.data_ptr(), b.data_ptr(), DTYPES[a.dtype], *of, sizes, out.data_ptr(), threads)
+
+
+def convolution_positions(
+    a: Tensor,
+    b: Tensor,
+    groups: int,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    out: Tensor,
+) -> list[int]:
+    """Of the output in each dimension; ArgumentError where what convolution_gradients is given does not fit."""
+    dims = a.dim() - 2
     require(out.dim() == a.dim() + 1, "out.dim()", out.dim(), f"{a.dim() + 1}")
     for name, of, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         require(len(of) == dims and min(of) >= least, name, of, f"{dims} integers >= {least}")
@@ -145,22 +171,12 @@ def convolution_gradients(
     each = zip(a.shape[2:], kernel, stride, padding, dilation, strict=True)
     positions = [(n + 2 * pad - reach * (k - 1) - 1) // step + 1 for n, k, step, pad, reach in each]
     require(min(positions) >= 1, "kernel", kernel, "within the padded input")
-    for name, x, shape in (
-        ("a", a, a.shape),
-        ("b", b, (len(a), outputs, *positions)),
-        ("out", out, (len(a), *out.shape[1:])),
-    ):
-        if x.shape != shape or x.dtype != a.dtype or not x.is_contiguous() or not x.is_cpu:
-            raise ArgumentError(name, f"{x.dtype}{list(x.shape)}", f"contiguous {a.dtype}{list(shape)}")
-
-    def three(of: Iterable[int], filled: int) -> tuple[int, ...]:
-        return (filled,) * (3 - dims) + tuple(of)
-
-    ones = [three(of, 1) for of in (a.shape[2:], kernel, positions, stride)]
-    sizes = [*ones, three(padding, 0), three(dilation, 1)]
-    of = len(a), groups, channels, outputs // groups
-    threads = torch.get_num_threads()
-    _kernels.convolution_gradients(a.data_ptr(), b.data_ptr(), DTYPES[a.dtype], *of, sizes, out.data_ptr(), threads)
+    for name, x, shape in (("b", b, (len(a), outputs, *positions)), ("out", out, (len(a), *out.shape[1:]))):
+        if x.shape != shape or x.dtype != a.dtype or x.device != a.device:
+            found = f"{x.dtype}{list(x.shape)} on {x.device}"
+            raise ArgumentError(name, found, f"{a.dtype}{list(shape)} on {a.device}")
+    require(out.is_contiguous(), "out.stride()", out.stride(), "contiguous")
+    return positions
 
 
 def clip_factors(

@@ -34,13 +34,19 @@ __all__ = [
 ]
 
 
+def _detached(name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise ArgumentError(name, type(x).__name__, "a torch.Tensor")
+    return x.detach()
+
+
 def sq_norms(g: Tensor) -> Tensor:
     """Squared L2 norms of the rows of `g` [B, D] -> float64 [B].
 
     Float64 because the square of a float32 above 1.8e19 is no float32. Squares of float64 elements beyond 1e154
     overflow to inf.
     """
-    out: Tensor = torch.ops.fastdp.sq_norms(g.detach())
+    out: Tensor = torch.ops.fastdp.sq_norms(_detached("g", g))
     return out
 
 
@@ -54,9 +60,9 @@ def clip_sum(g: Tensor, max_norm: float, out: Tensor | None = None) -> Tensor:
     row with a NaN, an infinity or a norm that overflows contributes nothing. `max_norm=0` gives zeros.
     """
     if out is None:
-        result: Tensor = torch.ops.fastdp.clip_sum(g.detach(), max_norm)
+        result: Tensor = torch.ops.fastdp.clip_sum(_detached("g", g), max_norm)
         return result
-    torch.ops.fastdp.clip_sum.out(g.detach(), max_norm, out=out)
+    torch.ops.fastdp.clip_sum.out(_detached("g", g), max_norm, out=out)
     return out
 
 
@@ -76,7 +82,7 @@ def clip_noise(
     `fastdp.accounting`), up to float arithmetic and the cut at 9.49 standard deviations.
     """
     key, step = _key_and_step(key, step)
-    out: Tensor = torch.ops.fastdp.clip_noise(g.detach(), max_norm, noise_multiplier, key, step)
+    out: Tensor = torch.ops.fastdp.clip_noise(_detached("g", g), max_norm, noise_multiplier, key, step)
     return out
 
 
@@ -87,7 +93,7 @@ def linear_sq_norms(a: Tensor, b: Tensor, bias: bool = True) -> Tensor:
     Equation: ||sum_t b_t a_t^T||^2 (+ ||sum_t b_t||^2 if `bias`); Goodfellow 2015 (arXiv:1510.01799) for T = 1, Li et
     al. 2022 (arXiv:2110.05679) for sequences, in O(T^2 (I + O)) per record.
     """
-    out: Tensor = torch.ops.fastdp.linear_sq_norms(a.detach(), b.detach(), bias)
+    out: Tensor = torch.ops.fastdp.linear_sq_norms(_detached("a", a), _detached("b", b), bias)
     return out
 
 
@@ -97,7 +103,7 @@ def embedding_sq_norms(index: Tensor, b: Tensor, padding_index: int | None = Non
     index: int64 [B, T], >= 0: the rows that each record used; b [B, T, E]: the gradients of what came of them.
     Equation: sum_r ||sum_{t: index_t = r} b_t||^2 over rows r other than `padding_index`.
     """
-    out: Tensor = torch.ops.fastdp.embedding_sq_norms(index, b.detach(), padding_index)
+    out: Tensor = torch.ops.fastdp.embedding_sq_norms(index, _detached("b", b), padding_index)
     return out
 
 

@@ -13,7 +13,7 @@ from fastdp import fused, gpusum, sparse
 from fastdp.accounting import Ledger
 from fastdp.clipping import GradientSum
 from fastdp.comm import Communicator
-from fastdp.device import kernels, stream_of
+from fastdp.device import done_so_far, follow, kernels, stream_of
 from fastdp.errors import ArgumentError, PrivacyError
 from fastdp.layers import Recorder
 from fastdp.plan import Plan
@@ -71,6 +71,7 @@ class PrivateOptimizer(Optimizer):
         self._recorder, self._probe, self._loader = recorder, probe, loader
         self._key, self._loss_is_mean, self._comm, self._sharded = key, loss_is_mean, comm, sharded
         self._gpu_sum = gpu_sum
+        self._done: Any = None  # what the last step, or piece of one, has asked of a GPU
 
     def _share_state(self) -> None:
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
@@ -120,6 +121,15 @@ class PrivateOptimizer(Optimizer):
         """
         if closure is not None:
             raise ArgumentError("closure", closure, "None: it would evaluate the batch more than once")
+        follow(self._done, self.gradient.flat)  # which they share, and they may be on other streams
+        try:
+            self._add_piece()
+            if not self._in_batch:
+                self._end_batch()
+        finally:
+            self._done = done_so_far(self.gradient.flat)
+
+    def _add_piece(self) -> None:
         try:
             self._check()
             rows = self._loader.rows
@@ -127,7 +137,7 @@ class PrivateOptimizer(Optimizer):
                 warnings.warn(
                     f"fastdp: step() without a gradient of this batch's {rows} records (no backward(), or zero_grad() "
                     "after it): a step of noise alone, which is accounted for",
-                    stacklevel=4,  # the loop: between are torch's wrapper and no_grad's
+                    stacklevel=5,  # the loop: between are step(), torch's wrapper and no_grad's
                 )
             if self._recorder.streams - {stream_of(self.gradient.flat)}:
                 raise PrivacyError("optimizer.step() on another CUDA stream than backward(): it would not wait for it")
@@ -139,15 +149,14 @@ class PrivateOptimizer(Optimizer):
             self._recorder.clear()
         self._mark("clip")
         self._in_batch = self._loader.more
-        if self._in_batch:
-            return
+
+    def _end_batch(self) -> None:
         self._record()  # before anything of the step leaves this process
         self._mark("ledger")
         step, self.steps = self.steps, self.steps + 1
         if self.profile is not None:
             self.profile.wait()
         self._step(step)
-
         self._mark("step")
         self.inner._opt_called = True  # type: ignore[attr-defined]  # what schedulers made before make_private look at
 

@@ -257,8 +257,8 @@ def check_same(comm: Communicator, options: Options) -> None:
     everywhere = comm.allgather_object(dataclasses.asdict(dataclasses.replace(options, output=None)))
     for rank, theirs in enumerate(everywhere):
         for name, value in theirs.items():
-            bound = f"{everywhere[0][name]!r} as on rank 0"
-            require(value == everywhere[0][name], f"rank {rank}: {name}", value, bound)
+            first = repr(everywhere[0][name])  # repr: nan is itself
+            require(repr(value) == first, f"rank {rank}: {name}", value, f"{first} as on rank 0")
 
 
 def announce(options: Options, comm: Communicator, table: data.Table) -> None:

@@ -11,12 +11,16 @@ from fastdp.layers import Hooks, LayerHooks, ModuleHooks, Recorder
 from fastdp.recurrent import RecurrentHooks
 
 
-def attach(module: nn.Module, recorder: Recorder) -> None:
-    """Hook every module that has parameters to be trained; ArgumentError if an engine did so before."""
+def check_new(module: nn.Module) -> None:
+    """ArgumentError if an engine has hooked a part of it before."""
     for m in module.modules():
         hooked = (getattr(hook, "__self__", None) for hook in m._forward_hooks.values())
         if any(isinstance(h, Hooks) and h.module is m for h in hooked):
             raise ArgumentError("module", "one that is private already", "new, or a copy.deepcopy: one run, one engine")
+
+
+def attach(module: nn.Module, recorder: Recorder) -> None:
+    """Hook every module that has parameters to be trained."""
     for name, m, slots in rules.owners(module):
         _kind(m)(f"layer '{name}'" if name else "module", m, slots, recorder)
 

@@ -58,6 +58,7 @@ def prepare(config: str, inputs: list[str], test_inputs: list[str], output: Path
     """What `main` does; returns a sentence about it."""
     check_marks(config)
     schema = parse_schema(config)
+    check_pyspark()
     check_java()
     sources = list_sources(inputs, "input", "train" if test_inputs else None)
     trained_on = {identity(Path(source.path)) for source in sources}
@@ -361,6 +362,13 @@ def pack(folder: Path) -> Path:
         for name in SHIPPED:
             archive.write(Path(fastdp.__path__[0]) / f"{name}.py", f"fastdp/{name}.py")
     return path
+
+
+def check_pyspark() -> None:
+    try:
+        import pyspark  # noqa: F401
+    except ImportError as error:
+        raise ArgumentError("pyspark", f"absent ({error})", "installed: pip install 'fastdp[spark]'") from None
 
 
 def check_java() -> None:

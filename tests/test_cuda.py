@@ -174,7 +174,8 @@ class TestOnTheEmulator:
 
     def test_norms_of_embeddings(self) -> None:
         index, b = torch.randint(0, 4, (6, 9)), torch.randn(6, 9, 5)
-        for padding in (None, 3):
+        index[0, 0] = -1  # of no table, but no padding either
+        for padding in (None, 3, -1):
             got, want = cuda.embedding_sq_norms(index, b, padding), reference.embedding_sq_norms(index, b, padding)
             torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
@@ -204,7 +205,8 @@ class TestOnTheEmulator:
             assert total.tolist() == [len(want)] and torch.equal(ids[: len(want)], want)
 
     def test_wrong_arguments(self) -> None:
-        g = torch.randn(4, 6)
+        g, a, b = torch.randn(4, 6), torch.randn(2, 1, 6), torch.randn(2, 1, 5)
+        wide = torch.zeros(2, 1, 1, 4)
         for call, match in (
             (lambda: cuda.sq_norms(g[0]), r"g.shape=\[6\]: must be"),
             (lambda: cuda.sq_norms(g.double()), "g.dtype=torch.float64: must be float32, bfloat16 or float16 on a GPU"),
@@ -214,6 +216,8 @@ class TestOnTheEmulator:
             (lambda: cuda.clip_sum(g, 1.0, g[0]), "out=.in g.s memory"),
             (lambda: cuda.linear_sq_norms(g, g[:2], True), "b="),
             (lambda: cuda.embedding_sq_norms(g, g[:, None], None), "index="),
+            (lambda: cuda.convolution_gradients(a, a[:1], 1, (1,), (0,), (1,), a[:, :, None]), "b="),
+            (lambda: cuda.convolution_gradients(a, b, 1, (1,), (0,), (1,), wide[..., ::2]), "out.stride"),
             (lambda: cuda.embedding_sq_norms(g.long().t(), g.t()[:, :, None], None), "index.stride"),
             (lambda: cuda.add_noise(g.t(), 1.0, KEY, 0, 0), "x.stride"),
             (lambda: cuda.add_noise(g, 1e-40, KEY, 0, 0), "std=1e-40"),

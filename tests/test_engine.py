@@ -8,6 +8,8 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -369,3 +371,29 @@ def test_a_loss_that_is_kept_keeps_no_activations() -> None:
     assert a() is None and b() is None
     with pytest.raises(PrivacyError, match=r"layer 'last': a second backward\(\) through the same forward"):
         loss.backward()
+
+
+def test_a_start_that_fails_leaves_the_module_and_the_ledger_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, path = nn.Linear(6, 3), tmp_path / "ledger.jsonl"
+
+    def start(engine: PrivacyEngine) -> None:
+        engine.make_private(
+            module=module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            data_loader=DataLoader(data(), batch_size=12),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory")
+
+    for name in ("GradientSum", "PrivateLoader", "ledger.hold", "PrivateLoader.skip"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fastdp.engine.{name}", fail)
+            with pytest.raises(MemoryError):
+                start(PrivacyEngine(ledger=path))
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    start(PrivacyEngine(ledger=path))

@@ -143,7 +143,9 @@ def test_convolutions_at_each_instruction_set(at_isa) -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("a", {"a": torch.zeros(2, 4, 5, 6).transpose(2, 3)}),
+        (r"a.stride\(\)", {"a": torch.zeros(2, 4, 5, 6).transpose(2, 3)}),
+        (r"b.stride\(\)", {"b": torch.zeros(2, 6, 3, 6)[..., ::2]}),
+        (r"out.stride\(\)", {"out": torch.zeros(2, 6, 2, 2, 6)[..., ::2]}),
         ("b", {"b": torch.zeros(2, 6, 4, 4)}),
         ("b", {"b": torch.zeros(2, 6, 3, 4, dtype=torch.float64)}),
         ("out", {"out": torch.zeros(3, 6, 2, 2, 3)}),

@@ -3,6 +3,7 @@ what is in them, as it would by waiting for a GPU, or mixes in any of the CPU's.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -21,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import fastdp
-from fastdp import ArgumentError, cuda, device, train
+from fastdp import ArgumentError, cuda, device, gpusum, train
 from fastdp.clipping import GradientSum, spans_of
 from fastdp.plan import CLIPPINGS
 from fastdp.probe import Probe
-from fastdp.uses import EmbeddingUse
+from fastdp.uses import EmbeddingUse, LinearUse
 
 
 class Tokens(nn.Module):
@@ -183,6 +184,10 @@ def test_ranks_sum_by_way_of_the_cpu_or_by_torch_distributed(emulated: ModuleTyp
     assert launch.run("gpus.py", str(emulated.__file__), ranks=2).count("done: rank") == 2
 
 
+def test_a_rank_that_cannot_lock_its_memory_tells_the_others(emulated: ModuleType) -> None:
+    assert launch.start("gpus.py", str(emulated.__file__), "lock", ranks=2).stdout.count("refused: rank") == 2
+
+
 def small_table() -> tuple[TensorDataset, TensorDataset]:
     training, evaluation = data(200), data(50)
     training.classes = ["a", "b", "c"]  # type: ignore[attr-defined]
@@ -236,7 +241,7 @@ def test_without_a_gpu_the_trainer_says_what_is_missing(
 
 @pytest.mark.parametrize(
     ("gpus", "uuids", "numbers"),
-    [(2, "ab", [0, 1]), (1, "ab", [0, 0]), (1, "aa", None), (3, "abc", [0, 1])],
+    [(2, "ab", [0, 1]), (1, "ab", [0, 0]), (1, "aa", None), (3, "abc", [0, 1]), (1, "a on two hosts", [0, 0])],
 )
 def test_each_rank_of_a_host_has_a_gpu_of_its_own(
     gpus: int, uuids: str, numbers: list[int] | None, monkeypatch: pytest.MonkeyPatch
@@ -245,13 +250,15 @@ def test_each_rank_of_a_host_has_a_gpu_of_its_own(
     monkeypatch.setattr(cuda, "kernels", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    seen = uuids if " " not in uuids else "aa"
+    hosts = [0, 0] if " " not in uuids else [0, 1]
     made: list[torch.device | str] = []
     for rank in range(2):
-        mine = lambda number, rank=rank: SimpleNamespace(uuid=uuids[number if gpus > 1 else rank])  # noqa: E731
+        mine = lambda number, rank=rank: SimpleNamespace(uuid=seen[number if gpus > 1 else rank])  # noqa: E731
         chosen: list[int] = []
         monkeypatch.setattr(torch.cuda, "get_device_properties", mine)
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-        host = SimpleNamespace(rank=rank, local_rank=rank, host=[0, 0], allgather_object=lambda _: list(uuids[:2]))
+        host = SimpleNamespace(rank=rank, local_rank=rank, host=hosts, allgather_object=lambda _: list(seen[:2]))
         try:
             made.append(device.of_rank("cuda", host))
             assert chosen == [made[-1].index]
@@ -261,6 +268,18 @@ def test_each_rank_of_a_host_has_a_gpu_of_its_own(
         assert made == ["device='cuda': must be cpu, or one GPU for each rank: ranks [0, 1] have the same"] * 2
     else:
         assert made == [torch.device("cuda", number) for number in numbers]
+
+
+def test_a_rank_without_a_gpu_tells_the_others_before_it_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    host = SimpleNamespace(
+        rank=0, local_rank=0, host=[0, 0], allgather_object=lambda mine: told.append(mine) or ["", "b"]
+    )
+    monkeypatch.setattr(cuda, "kernels", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ArgumentError, match="sees no GPU"):
+        device.of_rank("cuda", host)
+    assert told == [""]
 
 
 class Tied(nn.Module):
@@ -289,7 +308,7 @@ HARD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "convolutions": (
         lambda: nn.Sequential(
-            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, (2, 1), stride=(1, 2), padding=1), nn.Tanh(),
+            nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, (2, 1), stride=(1, 2), padding=(2, 0)), nn.Tanh(),
             nn.Conv2d(4, 6, 2, groups=2, dilation=(2, 1), padding=1, padding_mode="circular"), nn.Flatten(1),
             nn.Unflatten(1, (6, -1, 1, 1)), nn.Conv3d(6, 3, (3, 1, 1), stride=2), nn.Flatten(2),
             nn.AdaptiveAvgPool1d(1), nn.Flatten(),
@@ -302,8 +321,10 @@ HARD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", HARD)
 @pytest.mark.parametrize("clipping", ["flat", "per_layer"])
 def test_hostile_records_and_other_modules_are_the_cpus(
-    name: str, clipping: str, request: pytest.FixtureRequest
+    name: str, clipping: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if clipping == "flat":
+        monkeypatch.setattr(cuda, "WINDOWS_AT_ONCE", 100)  # convolutions take a few records at a time
     make, how = HARD[name]
     module, dtype, how = make(), how.get("dtype", torch.float32), dict(how)
     dataset = data(36, dtype=how.pop("dtype", torch.float32))
@@ -341,8 +362,128 @@ def test_uses_of_a_row_that_cancel_are_added_up_before_they_are_scaled(b: tuple[
     assert moved <= 1.0 + 1e-5 * 100  # beside the rounding of the others' sum
 
 
-def test_a_step_on_another_stream_than_its_backward_is_refused(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, module, optimizer, loader = loop
+@pytest.mark.usefixtures("on_emulator")
+def test_positions_that_cancel_leave_no_more_than_c() -> None:
+    """Their norm is what rounding leaves, for which the bounds of `linear_sq_norms` leave room."""
+    layer = nn.Linear(12, 12, bias=False)
+    span = spans_of(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+    for seed in range(40):
+        a, b = torch.randn(1, 4, 12), torch.randn(1, 4, 12) * 10 ** (seed % 12)
+        a[:, 1::2], b[:, 1::2] = a[:, ::2], -b[:, ::2]
+        b[:, 1] *= 1 - 2.0 ** -(seed % 30)
+        use = LinearUse("layer", 0, [], layer, a)
+        use.b = b
+        sums = GradientSum(span, 1.0)
+        sums.fill([use], 1, 1, 1.0, False)
+        assert sums.flat.double().norm() <= 1.0
+
+
+def test_steps_and_pieces_come_one_after_the_other_on_any_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    followed: list[Any] = []
+    monkeypatch.setattr("fastdp.optimizer.done_so_far", lambda x: done.append(x.data_ptr()) or len(done))
+    monkeypatch.setattr("fastdp.optimizer.follow", lambda before, x: followed.append(before))
+    module = nn.Linear(6, 3)
+    made = torch.optim.SGD(module.parameters(), lr=0.1)
+    _, module, optimizer, loader = private(module, made, data(), max_physical_batch_size=7)
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(module(x), y).backward()
+        optimizer.step()
+    assert len(followed) > 5 and followed == [None, *range(1, len(followed))]
+    assert set(done) == {optimizer.gradient.flat.data_ptr()}
+
+
+def test_copies_wait_for_the_gpu_and_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GpuCopies asks of torch.cuda, in order: "x<y" is stream x waiting for y."""
+    asked: list[str] = []
+    current = ["main"]
+
+    class Stream:
+        def __init__(self, device: Any = None) -> None:
+            self.name = ("down", "up")[len([a for a in asked if a == "made"])] if device is not None else "main"
+            asked.append("made")
+
+        def wait_stream(self, other: Stream) -> None:
+            asked.append(f"{self.name}<{other.name}")
+
+        def record_event(self) -> Any:
+            return SimpleNamespace(synchronize=lambda: asked.append(f"host<{self.name}"))
+
+    class On:
+        def __init__(self, stream: Stream) -> None:
+            self.name = stream.name
+
+        def __enter__(self) -> None:
+            current.append(self.name)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    class Memory:
+        def copy_(self, source: Any, non_blocking: bool) -> None:
+            assert non_blocking
+            asked.append(f"copy on {current[-1]}")
+
+    main, device, memory = Stream(), torch.device("cuda", 0), Memory()
+    asked.clear()
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *what: asked.append(f"lock {what[1:]}") or 0,
+        cudaHostUnregister=lambda address: asked.append("unlock"),
+    )
+    fakes = {"Stream": Stream, "stream": On, "current_stream": lambda _: main, "cudart": lambda: runtime}
+    for name, fake in {**fakes, "device": lambda _: contextlib.nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    copies = gpusum.GpuCopies(device)
+    asked.clear()
+    host = torch.zeros(4)
+    copies.lock(host)
+    del host
+    assert asked == ["lock (16, 1)", "unlock"]
+    asked.clear()
+    copies.begin()
+    copies.wait(copies.down(memory, memory))  # type: ignore[arg-type]
+    copies.up(memory, memory)  # type: ignore[arg-type]
+    copies.end()
+    assert asked == ["down<main", "down<up", "copy on down", "host<down", "copy on up", "main<up"]
+    monkeypatch.setattr(runtime, "cudaHostRegister", lambda *_: 2)
+    with pytest.raises(fastdp.CommError, match="16 bytes of memory cannot be locked"):
+        copies.lock(torch.zeros(4))
+
+
+@pytest.mark.usefixtures("on_emulator")
+def test_noise_and_batches_are_refused_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(x: Tensor) -> None:
+        raise fastdp.PrivacyError("captured")
+
+    monkeypatch.setattr(cuda, "_refuse_capture", refuse)
+    key, x = torch.zeros(32, dtype=torch.uint8), torch.zeros(4)
+    for call in (
+        lambda: cuda.add_noise(x, 1.0, key, 0, 0),
+        lambda: cuda.noise_step(None, [], x, key, 0),  # type: ignore[arg-type]
+        lambda: cuda.poisson_sample(9, 0.5, key, 0, torch.device("cpu")),
+    ):
+        with pytest.raises(fastdp.PrivacyError, match="captured"):
+            call()
+
+
+class Own(nn.Module):
+    """No layer of torch's: what the backward brings is a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 3), Own])
+def test_a_step_on_another_stream_than_its_backward_is_refused(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make()
+    _, module, optimizer, loader = private(module, torch.optim.SGD(module.parameters(), lr=0.1), data())
     monkeypatch.setattr("fastdp.layers.stream_of", lambda _: 7)
     monkeypatch.setattr("fastdp.optimizer.stream_of", lambda _: 8)
     x, y = next(iter(loader))

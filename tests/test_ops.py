@@ -82,6 +82,7 @@ def test_strided_rows_are_read_in_place_and_others_refused() -> None:
     [
         (lambda g, k: ops.sq_norms(g[0]), "g.shape"),
         (lambda g, k: ops.sq_norms(g.int()), "g.dtype"),
+        (lambda g, k: ops.clip_sum(g.numpy(), 1.0), "g='ndarray': must be a torch.Tensor"),
         (lambda g, k: ops.clip_sum(g, -1.0), "max_norm=-1.0: must be finite and >= 0"),
         (lambda g, k: ops.clip_sum(g, math.nan), "max_norm=nan"),
         (lambda g, k: ops.clip_noise(g, 1.0, -0.5, key=k, step=0), "noise_multiplier=-0.5"),

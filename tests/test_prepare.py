@@ -385,6 +385,7 @@ def test_input_is_never_removed(job: Any, tmp_path: Path) -> None:
         ({"JAVA_HOME": "/none"}, r"java='/none': must be Java 17 or newer, .* install openjdk-17-jre-headless"),
         ({"config": "draft.toml"}, r"line \d+='# private: .*must be declared, and without the mark"),
         ({"output": "t.csv"}, "output='t.csv': must be a folder"),
+        ({"without": "pyspark"}, r"pyspark='absent \(.*pyspark.*\)': must be installed: pip install"),
         ({"surprise": "1"}, "error: Unknown option"),
         ({"JAVA_HOME": "old"}, r"java='.*version \"1.8.0.*must be Java 17 or newer"),
     ],
@@ -411,6 +412,8 @@ def test_mistakes_are_one_line(
     java.chmod(0o755)
     if "JAVA_HOME" in change:
         monkeypatch.setenv("JAVA_HOME", change.pop("JAVA_HOME"))
+    if "without" in change:
+        monkeypatch.setitem(sys.modules, change.pop("without"), None)
     (tmp_path / "draft.toml").write_text(contract() + "# private: declare it or make it DP\n")
     given = {"config": ["s.toml"], "input": ["t.csv"], "test_input": [], "output": ["out"]}
     given |= {name: value if isinstance(value, list) else [value] for name, value in change.items()}

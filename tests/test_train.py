@@ -188,6 +188,7 @@ BAD = {
     "delta=1.5: must be in (0, 1)": ["--delta", "1.5"],
     "epochs=0": ["--epochs", "0"],
     "lr=0.0": ["--lr", "0"],
+    "lr=nan: must be finite and > 0": ["--lr", "nan"],
     "timeout=-1.0": ["--timeout=-1"],
     "model='mlp:0': must be mlp:H1,H2": ["--model", "mlp:0"],
     "model='cnn'": ["--model", "cnn"],

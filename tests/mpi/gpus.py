@@ -1,11 +1,12 @@
-"""Ranks with a GPU each, which is the emulator: gpus.py ITS_MODULE. Sums go by way of the CPU's memory with copies
-that a stand-in makes as late as it may, or by torch.distributed, with gloo in NCCL's place."""
+"""Ranks with a GPU each, which is the emulator: gpus.py ITS_MODULE [lock]. Sums go by way of the CPU's memory, with
+copies that a stand-in makes as late as it may, or by torch.distributed, with gloo in NCCL's place."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,8 +60,9 @@ class LateCopies:
 
 
 def trained(c: fastdp.comm.Communicator) -> list[Tensor]:
-    torch.manual_seed(5)
+    torch.manual_seed(5 + c.rank)  # all take rank 0's model
     module = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 3))
+    torch.manual_seed(5)
     data = TensorDataset(torch.randint(0, 9, (60, 3)), torch.randint(0, 3, (60,)))
     module, optimizer, loader = fastdp.PrivacyEngine(seed=3).make_private(
         module=module,
@@ -96,6 +98,19 @@ emulated = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(emulated)
 cuda.kernels = lambda: emulated  # type: ignore[assignment]
 cuda.DEVICE = "cpu"
+torch.Tensor.cpu = lambda x: x.detach().clone()  # type: ignore[method-assign]  # other memory, as a GPU's is
+
+
+def cannot(host: Tensor) -> None:
+    raise CommError("cannot be locked")
+
+
+if sys.argv[2:] == ["lock"]:
+    gpusum.GpuCopies = lambda device: SimpleNamespace(lock=cannot) if c.rank == 1 else LateCopies(device)  # type: ignore[assignment,misc]
+    with pytest.raises(CommError, match="cannot be locked"):  # on rank 0 in the first step, by rank 1's words
+        trained(fastdp.comm.init(timeout=30))
+    print(f"refused: rank {c.rank}", flush=True)
+    sys.exit(0)
 
 made: list[LateCopies] = []
 gpusum.GpuCopies = lambda device: made.append(LateCopies(device)) or made[-1]  # type: ignore[assignment,misc,func-returns-value]

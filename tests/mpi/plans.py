@@ -24,7 +24,8 @@ NAMES = {
     "dataset": "dataset_size",
     "bias_first": r"param_groups\[0\]\['params'\]",
     "frozen": r"param_groups\[0\]\['params'\]",
-    "width": r"module\.weight",
+    "width": r"module: 'Linear\(in_features=5, out_features=\d",
+    "activation": r"module 'activation': '(ReLU|Tanh)\(\)'",
     "engine": "(secure_mode|prior|seed|accountant|ledger)",
     "betas": r"param_groups\[0\]\['betas'\]",
     "eps": r"param_groups\[0\]\['eps'\]",
@@ -48,9 +49,11 @@ def make(
     frozen: bool = False,
     loss_reduction: str = "mean",
     dataset_size: int | None = None,
+    activation: type[nn.Module] = nn.ReLU,
     **options: Any,
 ) -> None:
     module = nn.Linear(5, width)
+    module.register_module("activation", activation())
     module.register_buffer("dataset_size", torch.ones(3))  # no name of the plan's
     module.bias.requires_grad_(not frozen)
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -165,6 +168,7 @@ for changed in (
     {"dataset_size": 80},
     {"bias_first": True},
     {"frozen": True},
+    {"activation": nn.Tanh},
 ):
     name = NAMES.get(next(iter(changed)), next(iter(changed)))
     with pytest.raises(fastdp.CommError, match=rf"^ranks disagree: {name}.* on rank 1, .* on rank 0$"):
