@@ -40,7 +40,7 @@ def test_sums_within_hosts_and_between_them() -> None:
 
 
 def test_mismatches_are_errors_on_every_rank() -> None:
-    for ranks in (3, 5):  # 5: headers take three rounds of messages
+    for ranks in (3, 5):
         assert launch.run("mismatch.py", ranks=ranks).count("done: rank") == ranks
 
 

@@ -188,8 +188,8 @@ class Communicator {
 
  private:
   struct Headers {
-    std::vector<Header> of;  // [size], own one included
-    HeaderBlocks blocks;     // as they travel
+    std::vector<Header> of;                   // [size], own one included
+    std::vector<std::vector<Header>> blocks;  // as they travel
   };
 
   struct Running {
@@ -255,8 +255,8 @@ class Communicator {
 
   std::unique_ptr<Work> exchange(const Header& mine) {
     if (hosts_ != nullptr) return hosts_->exchange(mine, headers_->blocks, headers_->of);
-    headers_->blocks.lay_out(rank(), std::vector<std::size_t>(size(), 1));
-    *headers_->blocks.of(rank()) = mine;
+    headers_->blocks.assign(size(), std::vector<Header>(1));
+    headers_->blocks[rank()][0] = mine;
     return std::make_unique<HeaderExchange>(*transport_, headers_->blocks);
   }
 
@@ -382,7 +382,7 @@ class Communicator {
 
   void read_headers() {
     if (hosts_ == nullptr)
-      for (int rank = 0; rank < size(); ++rank) headers_->of[rank] = *headers_->blocks.of(rank);
+      for (int rank = 0; rank < size(); ++rank) headers_->of[rank] = headers_->blocks[rank][0];
     require_same(headers_->of);
     noted_ = false;
     for (const Header& header : headers_->of) noted_ = noted_ || header.note != 0;

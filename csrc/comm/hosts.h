@@ -44,25 +44,24 @@ class Hosts {
 
   // Everybody's header to `all` [ranks]: within the host by letter, between hosts by their first ranks. blocks outlives
   // the transport's requests if this is given up.
-  std::unique_ptr<Work> exchange(const Header& mine, HeaderBlocks& blocks, std::vector<Header>& all) {
+  std::unique_ptr<Work> exchange(const Header& mine, std::vector<std::vector<Header>>& blocks,
+                                 std::vector<Header>& all) {
     const auto tell = [=, this]() -> std::unique_ptr<Work> {
       std::memcpy(team_->letter(team_->rank(), mine.sequence).data, &mine, sizeof mine);
       return std::make_unique<RollCall>(*team_, mine.sequence, Team::Call{});
     };
     const auto between = [=, this, &blocks]() -> std::unique_ptr<Work> {
       if (team_->rank() != 0) return nullptr;
-      std::vector<std::size_t> counts;
-      for (const auto& of : ranks_) counts.push_back(of.size());
-      blocks.lay_out(here_, counts);
+      blocks.resize(ranks_.size());
+      for (std::size_t host = 0; host < ranks_.size(); ++host) blocks[host].resize(ranks_[host].size());
       for (int rank = 0; rank < team_->size(); ++rank)
-        std::memcpy(blocks.of(here_) + rank, team_->letter(rank, mine.sequence).data, sizeof mine);
+        std::memcpy(&blocks[here_][rank], team_->letter(rank, mine.sequence).data, sizeof mine);
       return std::make_unique<HeaderExchange>(*column_, blocks);
     };
     const auto publish = [this, &blocks, &all]() -> std::unique_ptr<Work> {
       if (team_->rank() == 0) {
         for (std::size_t host = 0; host < ranks_.size(); ++host)
-          for (std::size_t i = 0; i < ranks_[host].size(); ++i)
-            all[ranks_[host][i]] = blocks.of(static_cast<int>(host))[i];
+          for (std::size_t i = 0; i < ranks_[host].size(); ++i) all[ranks_[host][i]] = blocks[host][i];
         if (all.size() * sizeof(Header) > Team::kSlots * Team::kSlotBytes) throw Failure("too many ranks");
         std::memcpy(team_->slot(0, 0), all.data(), all.size() * sizeof(Header));
       }
