@@ -13,6 +13,7 @@ Without a master (spark-submit's, or spark.master in Spark's configuration), all
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import os
 import platform
@@ -360,7 +361,9 @@ def pack(folder: Path) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("fastdp/__init__.py", "")
         for name in SHIPPED:
-            archive.write(Path(fastdp.__path__[0]) / f"{name}.py", f"fastdp/{name}.py")
+            module = importlib.util.find_spec(f"fastdp.{name}")  # one folder has them all, but for `pip install -e`
+            assert module is not None and module.origin is not None
+            archive.write(module.origin, f"fastdp/{name}.py")
     return path
 
 

@@ -565,7 +565,7 @@ def test_a_job_that_is_killed_and_done_again_on_a_cluster(job: Any, tmp_path: Pa
                 "PYTHONPATH": str(ROOT),
             },
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.stdout + done.stderr[-3000:]  # what Python says comes to stdout
         assert len([*tmp_path.glob("w[01]/app-*/*/stderr")]) == 2  # both had executors
     job.prepare(CONFIG, [str(raw)], [], tmp_path / "again")
     assert contents(out) == contents(tmp_path / "again")
