@@ -49,7 +49,8 @@ def expect_failure(c: comm.Communicator, call: Callable[[], object], match: str)
 
 
 def late(shared_memory: bool) -> None:
-    """Rank 2 calls too late; its own call fails as well. Another communicator still works afterwards."""
+    """Rank 2 calls too late; its own call fails as well. Another communicator still works afterwards. Rank 3, if there
+    is one, is slow: nobody takes it for the late one."""
     rank = MPI.COMM_WORLD.rank
     c = comm.init(timeout=TIMEOUT, shared_memory=shared_memory, algorithm="auto" if shared_memory else "ring")
     if rank == 2:
@@ -57,8 +58,10 @@ def late(shared_memory: bool) -> None:
         with pytest.raises(CommError, match=r"all_reduce.* on rank 2 of \d: rank \d (gave up: .*rank 2|sent nothing)"):
             c.all_reduce(torch.ones(10))
     else:
+        if rank == 3:
+            time.sleep(0.8 * TIMEOUT)
         seconds = expect_failure(c, lambda: c.all_reduce(torch.ones(10)), r"all_reduce\(.*: rank 2 did not call it")
-        assert seconds > 0.9 * TIMEOUT
+        assert seconds > 0.9 * TIMEOUT or rank == 3  # which the others tell
     assert comm.init(timeout=30).all_reduce(torch.ones(1)).item() == MPI.COMM_WORLD.size
 
 
