@@ -136,9 +136,8 @@ def _adam_state(inner: Optimizer, group: dict[str, Any], p: Tensor, new_state: N
         state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
         state["exp_avg"], state["exp_avg_sq"] = new_state(p, "exp_avg"), new_state(p, "exp_avg_sq")
     elif not state["step"].is_cpu:
-        state["step"] = state[
-            "step"
-        ].cpu()  # once: where torch's own fused step would have it, each would be waited for
+        # Once: where torch's own fused step would have it, each would be waited for.
+        state["step"] = state["step"].cpu()
     state["step"] += 1
     return state["step"].item(), state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr()
 
